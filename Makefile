@@ -1,0 +1,57 @@
+# make run    the service on port 8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
+# make test   style, types and the whole suite
+# make check  style and types alone
+# make pins   compile requirements*.txt from setup.cfg anew
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r
+PIN := $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host setup.cfg
+
+.PHONY: run test check pins
+.ONESHELL:
+.SHELLFLAGS := -ec
+
+run: .venv/run
+	@export REDIS_URL="$${REDIS_URL:-memory://}"
+	case "$${REDIS_TLS_URL:-$$REDIS_URL}" in memory:*) export WEB_CONCURRENCY=1 ;; esac
+	if [ -z "$$JWT_SECRET$$JWT_PUBLIC_KEY$$JWT_JWKS_URL" ]; then
+	    export JWT_SECRET="$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))')"
+	fi
+	token="<a token of your issuer>"
+	if [ -n "$$JWT_SECRET" ]; then token="$$($(BIN)/flask --app wsgi token alice)"; fi
+	sessions="http://localhost:$${PORT:-8000}/sessions"
+	post='curl -s -X POST -H "$$AUTH"'
+	printf '%s\n' '' 'Paste this into another terminal:' '' \
+	    "AUTH=\"Authorization: Bearer $$token\"" \
+	    "ID=\$$($$post $$sessions | cut -d '\"' -f 12); echo \$$ID" \
+	    "$$post $$sessions/\$$ID/heartbeat; echo" \
+	    "curl -s -H \"\$$AUTH\" $$sessions; echo" \
+	    "$$post $$sessions/\$$ID/revoke; echo" \
+	    "$$post $$sessions/\$$ID/heartbeat; echo" ''
+	exec $(BIN)/gunicorn wsgi:app
+
+test: check
+	$(BIN)/pytest --cov
+
+check: .venv/dev
+	$(BIN)/black --quiet --check .
+	$(BIN)/isort --quiet --check .
+	$(BIN)/flake8 app tests *.py
+	$(BIN)/mypy
+
+pins: .venv/dev
+	$(PIN) --output-file requirements.txt
+	$(PIN) --extra dev --output-file requirements-dev.txt
+
+# The pins for running stand among those for developing, in the same versions.
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $<
+	touch $@
+
+.venv/dev: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $<
+	touch $@ .venv/run

@@ -1,0 +1,210 @@
+"""The configuration: one frozen `Config`, parsed once from the environment."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+# RFC 7518 §3.2: an HMAC key is at least as long as the hash it is used with.
+HMAC_KEY_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
+RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+PUBLIC_KEY_ALGORITHMS = (*RSA_ALGORITHMS, *EC_ALGORITHMS.values(), "EdDSA")
+REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
+LONGEST_SECONDS = 10 * 365 * 86400
+
+
+class ConfigError(ValueError):
+    """The environment is refused; `str()` names every problem, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("Refused configuration:\n" + "\n".join(f"  {p}" for p in problems))
+        self.problems = problems
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser for a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def parse_timeout_seconds(text: str) -> float:
+    """A parser for the Redis timeout: two of them must fit into the contract's 2 seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.05 <= value <= 0.8:
+        raise ValueError("must be a number of seconds from 0.05 to 0.8")
+    return value
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """A parser for a list, separated by spaces or commas."""
+    return tuple(text.replace(",", " ").split())
+
+
+def parse_secrets(text: str) -> tuple[str, ...]:
+    """A parser for HMAC secrets, separated by spaces (RFC 7518 §3.2 on their length)."""
+    found = tuple(text.split())
+    if any(len(secret.encode()) < HMAC_KEY_BYTES["HS256"] for secret in found):
+        raise ValueError("every secret must have 32 bytes or more")
+    return found
+
+
+def parse_redis_url(text: str) -> str:
+    """A parser for the address of Redis."""
+    try:
+        url = urlsplit(text)
+        url.port  # raises ValueError where it is no number
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if url.scheme not in REDIS_SCHEMES:
+        raise ValueError("must start with " + ", ".join(f"{s}://" for s in REDIS_SCHEMES))
+    if url.scheme in ("redis", "rediss") and not re.fullmatch(r"/?|/[0-9]+", url.path):
+        raise ValueError("must end in a database number, as in redis://host:6379/0")
+    # An option in the URL would override the timeouts that bound every answer.
+    if not re.fullmatch(r"(db=[0-9]+)?", url.query):
+        raise ValueError("takes no option after the ? but db, as in unix:///run/redis.sock?db=1")
+    return text
+
+
+def parse_public_key(text: str) -> str:
+    """A parser for a public key in PEM (RFC 7468 §13)."""
+    # A PaaS keeps a PEM on one line, with \n spelled out.
+    pem = text.replace("\\n", "\n")
+    try:
+        algorithms_of(pem)
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519") from None
+    return pem
+
+
+def parse_jwks_url(text: str) -> str:
+    """A parser for the key set's address; whoever can change it in transit could sign tokens."""
+    url = urlsplit(text)
+    loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
+    if not url.hostname or not (url.scheme == "https" or url.scheme == "http" and loopback):
+        raise ValueError("must be an https:// address")
+    return text
+
+
+def algorithms_of(pem: str) -> tuple[str, ...]:
+    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify.
+
+    Raises ValueError where it is no public key or one of another kind.
+    """
+    key = load_pem_public_key(pem.encode())
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
+        return RSA_ALGORITHMS
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in EC_ALGORITHMS:
+        return (EC_ALGORITHMS[key.curve.name],)
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return ("EdDSA",)
+    raise ValueError("unsupported key")
+
+
+def setting(parse: Callable[[str], Any], default: Any = None, *, secret: bool = False) -> Any:
+    """A field of `Config`; a `secret` one is never repeated in a message."""
+    return field(default=default, metadata={"parse": parse, "secret": secret})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one environment says. Each field is the variable of the same name in capitals."""
+
+    redis_url: str = setting(parse_redis_url, "", secret=True)
+    redis_tls_url: str | None = setting(parse_redis_url, secret=True)
+    redis_timeout_seconds: float = setting(parse_timeout_seconds, 0.5)
+    jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
+    jwt_public_key: str | None = setting(parse_public_key, secret=True)
+    jwt_jwks_url: str | None = setting(parse_jwks_url)
+    jwt_algorithms: tuple[str, ...] = setting(parse_words, ())
+    jwt_issuer: str | None = setting(str)
+    jwt_audience: str | None = setting(str)
+    jwt_leeway_seconds: int = setting(whole(0, 300), 30)
+    jwt_subject_claim: str = setting(str, "sub")
+    session_idle_seconds: int = setting(whole(1, LONGEST_SECONDS), 1800)
+    session_idle_max_seconds: int = setting(whole(1, LONGEST_SECONDS), 86400)
+    session_absolute_seconds: int = setting(whole(1, LONGEST_SECONDS), 2592000)
+    session_limit: int = setting(whole(1, 10000), 100)
+    trusted_proxies: int = setting(whole(0, 16), 0)
+    web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Config":
+        """Parse an environment; a variable that is empty counts as not set.
+
+        Raises ConfigError naming every problem at once: the variable, its value and the rule.
+        """
+        problems: list[str] = []
+        values = {}
+        for each in fields(cls):
+            text = environ.get(each.name.upper(), "").strip()
+            if text:
+                try:
+                    text.encode()
+                    values[each.name] = each.metadata["parse"](text)
+                except UnicodeEncodeError:
+                    problems.append(f"{each.name.upper()}: is not UTF-8")
+                except ValueError as rule:
+                    problems.append(_complaint(each, text, str(rule)))
+        config = cls(**{**values, "redis_url": values.get("redis_tls_url") or values.get("redis_url", "")})
+        problems += config._conflicts(environ)
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def _conflicts(self, environ: Mapping[str, str]) -> list[str]:
+        """What no single variable can say. A variable that was refused already is not missing."""
+        given = [n for n in ("JWT_SECRET", "JWT_PUBLIC_KEY", "JWT_JWKS_URL") if environ.get(n, "").strip()]
+        problems = []
+        if not any(environ.get(name, "").strip() for name in ("REDIS_URL", "REDIS_TLS_URL")):
+            problems.append("REDIS_URL: must be set")
+        if self.redis_url.startswith("memory://") and self.web_concurrency > 1:
+            problems.append("REDIS_URL: memory:// is one process's own; it needs WEB_CONCURRENCY=1")
+        if len(given) != 1:
+            problems.append(
+                "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, "
+                + (f"not {len(given)}: {', '.join(given)}" if given else "none is")
+            )
+        elif getattr(self, given[0].lower()) and (
+            unfit := [a for a in self.jwt_algorithms if a not in self._possible_algorithms()]
+        ):
+            problems.append(
+                f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {', '.join(unfit)} cannot be used with {given[0]}"
+            )
+        if self.session_idle_seconds > self.session_idle_max_seconds:
+            problems.append(
+                f"SESSION_IDLE_SECONDS={self.session_idle_seconds}: must not be more than "
+                f"SESSION_IDLE_MAX_SECONDS={self.session_idle_max_seconds}"
+            )
+        return problems
+
+    def _possible_algorithms(self) -> tuple[str, ...]:
+        if self.jwt_secret:
+            shortest = min(len(secret.encode()) for secret in self.jwt_secret)
+            return tuple(name for name, least in HMAC_KEY_BYTES.items() if least <= shortest)
+        return algorithms_of(self.jwt_public_key) if self.jwt_public_key else PUBLIC_KEY_ALGORITHMS
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The allow-list, of one family: what is configured, or else all that the key can verify."""
+        return self.jwt_algorithms or self._possible_algorithms()
+
+
+def _complaint(each: "Field[Any]", text: str, rule: str) -> str:
+    name = each.name.upper()
+    return f"{name}: {rule}" if each.metadata["secret"] else f"{name}={text!r}: {rule}"

@@ -1,0 +1,97 @@
+"""One table from exception to response: `{"success": false, "error": "<one sentence>"}`."""
+
+import logging
+import random
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from marshmallow import ValidationError
+from werkzeug.exceptions import HTTPException
+
+from app.auth import TokenInvalid, TokenMissing
+from app.keys import KeysUnavailable
+from app.store import SessionNotFound, StoreUnavailable, TooManySessions
+
+log = logging.getLogger(__name__)
+
+# What the published API says when an endpoint fails through no fault of the caller's.
+FAILED = {
+    "sessions.heartbeat": "Failed to update session",
+    "sessions.list_sessions": "Failed to retrieve sessions",
+    "sessions.open_session": "Failed to open session",
+    "sessions.get_session": "Failed to retrieve session",
+    "sessions.revoke": "Failed to revoke session",
+    "sessions.revoke_all": "Failed to revoke all sessions",
+}
+SENTENCES = {
+    400: "Malformed request",
+    405: "Method not allowed",
+    408: "Request body not received in time",
+    413: "Request body too large",
+    415: "Content-Type must be application/json",
+    422: "Invalid request body",
+    429: "Too many sessions",
+    503: "Signing keys not available",
+}
+BEARER = 'Bearer realm="sessions"'
+
+
+def register(app: Flask) -> None:
+    """Answer every error, the framework's included, in the contract's shape."""
+    app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(SessionNotFound, lambda _: error(404, not_found()))
+    app.register_error_handler(TooManySessions, lambda _: error(429, headers=retry_after(30)))
+    app.register_error_handler(ValidationError, lambda e: error(422, details=e.normalized_messages()))
+    app.register_error_handler(TokenMissing, lambda _: error(401, "Missing bearer token", {"WWW-Authenticate": BEARER}))
+    app.register_error_handler(TokenInvalid, invalid_token)
+    app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
+    app.register_error_handler(StoreUnavailable, store_unavailable)
+    app.register_error_handler(Exception, unexpected)
+
+
+def error(status: int, sentence: str | None = None, headers: dict[str, str] | None = None, **more: Any) -> Response:
+    response = jsonify(success=False, error=sentence or SENTENCES[status], **more)
+    response.status_code = status
+    response.headers.update(headers or {})
+    return response
+
+
+def retry_after(seconds: int) -> dict[str, str]:
+    """Up to twice as many seconds, drawn by lot, so that a fleet does not come back all at once (RFC 9110 §10.2.3)."""
+    return {"Retry-After": str(random.randint(seconds, 2 * seconds))}
+
+
+def not_found() -> str:
+    """The sentence for this path. An id that could be none and one of another subject must read the same."""
+    if not request.path.startswith("/sessions/"):
+        return "Not found"
+    return "Session not found or expired" if request.path.endswith("/heartbeat") else "Session not found"
+
+
+def failed() -> Response:
+    sentence = FAILED.get(request.endpoint or "", "Internal server error")
+    return error(500, sentence, retry_after(1))
+
+
+def http_error(e: HTTPException) -> Response:
+    """Keep the headers that the framework has chosen, such as Allow; nothing of its HTML."""
+    status = e.code or 500
+    headers = {k: v for k, v in e.get_headers() if k != "Content-Type"}
+    if status == 404:
+        return error(404, not_found(), headers)
+    return error(status, SENTENCES.get(status, e.name), headers)
+
+
+def invalid_token(e: TokenInvalid) -> Response:
+    challenge = f'{BEARER}, error="invalid_token", error_description="{e}"'
+    return error(401, "Invalid or expired token", {"WWW-Authenticate": challenge})
+
+
+def store_unavailable(e: StoreUnavailable) -> Response:
+    log.error("Redis: %s", e)
+    return failed()
+
+
+def unexpected(e: Exception) -> Response:
+    log.exception("unexpected %s", type(e).__name__)
+    return failed()

@@ -1,0 +1,143 @@
+"""Where signing keys come from: secrets, a PEM, or a key set refreshed in the background."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jwt
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from app.config import Config
+
+log = logging.getLogger(__name__)
+
+# What a signature is checked with: a secret, a parsed public key, or one bound to its algorithm.
+Key = bytes | jwt.PyJWK | jwt.algorithms.AllowedPublicKeys
+
+
+class KeysUnavailable(Exception):
+    """No signing key could ever be loaded."""
+
+
+class Keys(Protocol):
+    """The keys that a token may be signed with."""
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever the keys change; what was verified under an older one is to be forgotten."""
+
+    def candidates(self, key_id: str | None) -> Sequence[Key]:
+        """The keys to try for a token with this `kid` header (RFC 7515 §4.1.4), which is only a look-up string.
+
+        Raises KeysUnavailable where no key could ever be loaded.
+        """
+
+
+class FixedKeys:
+    """Keys that come with the configuration and stay until the next start."""
+
+    generation = 0
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self._keys = keys
+
+    def candidates(self, key_id: str | None) -> Sequence[Key]:
+        return self._keys
+
+
+class JwksKeys:
+    """A JWK Set (RFC 7517 §5) behind a URL, fetched by a thread of its own so that no request does.
+
+    The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch, at most one
+    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits.
+    """
+
+    REFRESH_EVERY = 300.0
+    RETRY_EVERY = 5.0  # while there are no keys at all
+    FETCH_TIMEOUT = 5.0
+    COOLDOWN = 30.0
+    UNKNOWN_KEY_WAIT = 1.0
+
+    def __init__(self, url: str) -> None:
+        self.generation = 0
+        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
+        self._key_set: dict[str, Any] = {}
+        self._keys: dict[str, jwt.PyJWK] = {}
+        self._fetch_ended = threading.Condition()
+        self._asked = threading.Event()
+        self._asked_at = -math.inf
+        self._fetches_begun = self._fetches_ended = 0
+        self._fetch_awaited = 1
+        threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
+        # The first answers should not be 503 only because the key set is a moment away.
+        self._wait_for_fetch()
+
+    def candidates(self, key_id: str | None) -> Sequence[Key]:
+        if key_id is not None and key_id not in self._keys:
+            self._ask_for_fetch()
+        if not self._keys:
+            raise KeysUnavailable
+        if key_id is None:
+            return list(self._keys.values())
+        return [self._keys[key_id]] if key_id in self._keys else []
+
+    def _ask_for_fetch(self) -> None:
+        if time.monotonic() - self._asked_at >= self.COOLDOWN:
+            self._asked_at = time.monotonic()
+            # One that is under way may have been answered before the issuer knew the key.
+            self._fetch_awaited = self._fetches_begun + 1
+            self._asked.set()
+        self._wait_for_fetch()
+
+    def _wait_for_fetch(self) -> None:
+        with self._fetch_ended:
+            self._fetch_ended.wait_for(lambda: self._fetches_ended >= self._fetch_awaited, self.UNKNOWN_KEY_WAIT)
+
+    def _refresh_for_ever(self) -> None:
+        while True:
+            self._asked.clear()
+            self._fetches_begun += 1
+            self._refresh()
+            with self._fetch_ended:
+                self._fetches_ended = self._fetches_begun
+                self._fetch_ended.notify_all()
+            self._asked.wait(self.REFRESH_EVERY if self._keys else self.RETRY_EVERY)
+
+    def _refresh(self) -> None:
+        # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
+        try:
+            key_set = self._client.fetch_data()
+            found = dict(filter(None, map(_signing_key, key_set["keys"])))
+        except Exception as error:
+            log.warning("key set not refreshed: %s", type(error).__name__)
+            return
+        if not found:
+            log.warning("key set not refreshed: it has no signing key")
+        elif key_set != self._key_set:
+            self._key_set = key_set
+            self._keys = found
+            self.generation += 1
+
+
+def _signing_key(data: Any) -> tuple[str, jwt.PyJWK] | None:
+    """A key of a set under its id; None where it is of no use here, secrets included (RFC 7517 §5: to be ignored)."""
+    try:
+        key = jwt.PyJWK(data)
+        usable = key.key_type in ("RSA", "EC", "OKP") and key.public_key_use in (None, "sig")
+        return (key.key_id, key) if usable and isinstance(key.key_id, str) else None
+    # What stands in a key set can be anything; one odd key does not spoil the others.
+    except Exception:
+        return None
+
+
+def load_keys(config: Config) -> Keys:
+    """The keys that a configuration names; starts the background refresh of a key set."""
+    if config.jwt_jwks_url:
+        return JwksKeys(config.jwt_jwks_url)
+    if config.jwt_public_key:
+        key = load_pem_public_key(config.jwt_public_key.encode())
+        return FixedKeys([key])  # type: ignore[list-item]  # config.py accepts RSA, EC and Ed25519 only
+    return FixedKeys([secret.encode() for secret in config.jwt_secret])

@@ -1,0 +1,52 @@
+-- Open a session unless its subject has as many live ones as it may.
+--
+-- KEYS[1]  sessions:{owner}
+-- KEYS[2]  session:{owner}:<id>
+-- ARGV[1]  id
+-- ARGV[2]  prefix of the subject's session keys, session:{owner}:
+-- ARGV[3]  limit, sessions
+-- ARGV[4]  idle timeout, ms
+-- ARGV[5]  absolute timeout, ms
+-- ARGV[6…] further fields of the hash: name, value, name, value …
+-- Returns  {started, expiry}, both in ms since the epoch; nil at the limit
+--
+-- The subject's other sessions are looked at by names made here, not in KEYS: they share the slot through {owner}.
+
+local index, session = KEYS[1], KEYS[2]
+local id, prefix, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local idle_timeout, absolute_timeout = tonumber(ARGV[4]), tonumber(ARGV[5])
+
+-- The same id comes twice only when the answer to the first call was lost on the way.
+if redis.call("EXISTS", session) == 1 then
+  return { tonumber(redis.call("HGET", session, "started")), redis.call("PEXPIRETIME", session) }
+end
+
+-- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
+local dead = {}
+if redis.call("ZCARD", index) >= limit then
+  local members = redis.call("ZRANGE", index, 0, -1)
+  for _, member in ipairs(members) do
+    if redis.call("EXISTS", prefix .. member) == 0 then
+      dead[#dead + 1] = member
+    end
+  end
+  if #members - #dead >= limit then
+    return nil
+  end
+end
+
+local time = redis.call("TIME")
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local absolute_end = now + absolute_timeout
+local expiry = math.min(now + idle_timeout, absolute_end)
+
+-- The writes come last and HSET first: in a full Redis it is refused before anything has changed.
+redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 6))
+redis.call("PEXPIREAT", session, expiry)
+for _, member in ipairs(dead) do
+  redis.call("ZREM", index, member)
+end
+redis.call("ZADD", index, absolute_end, id)
+local latest = redis.call("ZRANGE", index, -1, -1, "WITHSCORES")
+redis.call("PEXPIREAT", index, latest[2])
+return { now, expiry }

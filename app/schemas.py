@@ -1,0 +1,130 @@
+"""What comes in and what goes out: JSON bodies, read and written with marshmallow."""
+
+import json
+from datetime import datetime, timezone
+from typing import Any, NoReturn
+
+import gevent
+from flask import request
+from marshmallow import Schema, ValidationError, fields, post_dump, validate, validates
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
+
+LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
+BODY_TIMEOUT = 3.0  # seconds for the whole body to arrive
+SESSION_ID = r"[A-Za-z0-9_-]{22,64}"
+
+
+def rfc3339(ms: int) -> str:
+    """Milliseconds since the epoch as RFC 3339: UTC, ending in Z, with milliseconds."""
+    return f"{datetime.fromtimestamp(ms // 1000, timezone.utc):%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
+
+
+class Instant(fields.Field[int]):
+    """An instant: integer milliseconds inside, RFC 3339 on the wire."""
+
+    def _serialize(self, value: int | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
+        return None if value is None else rfc3339(value)
+
+
+class Text(fields.String):
+    """Text of 1 to `most` characters. Lone surrogates are none (RFC 8259 §8.2), and Redis could not store them."""
+
+    def __init__(self, most: int, **kwargs: Any) -> None:
+        super().__init__(validate=[validate.Length(1, most), _all_characters], **kwargs)
+
+
+def _all_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValidationError("Not valid text.") from None
+
+
+class SessionSchema(Schema):
+    """A session as callers see it; what is not known is left out."""
+
+    id = fields.String()
+    device_name = fields.String(data_key="deviceName")
+    ip_address = fields.String(data_key="ipAddress")
+    location = fields.String()
+    started_at_ms = Instant(data_key="startedAt")
+    last_activity_ms = Instant(data_key="lastActivity")
+    expires_at_ms = Instant(data_key="expiresAt")
+    login_method = fields.String(data_key="loginMethod")
+
+    @post_dump
+    def leave_out_unknown(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class OpenSchema(Schema):
+    """What may be said of a session when it is opened; `idle_max` is the longest idle timeout, in seconds."""
+
+    device_name = Text(128, data_key="deviceName")
+    location = Text(128)
+    login_method = Text(64, data_key="loginMethod", load_default="token")
+    idle_timeout = fields.Integer(data_key="idleTimeoutSeconds", strict=True)
+
+    def __init__(self, idle_max: int) -> None:
+        super().__init__()
+        self._idle_max = idle_max
+
+    @validates("idle_timeout")
+    def within_idle_max(self, value: int, **kwargs: Any) -> None:
+        validate.Range(1, self._idle_max)(value)
+
+
+class RevokeAllSchema(Schema):
+    """Which session to spare, if any."""
+
+    except_id = fields.String(data_key="exceptSessionId", validate=validate.Regexp(SESSION_ID + r"\Z"))
+
+
+def load_body(schema: Schema) -> dict[str, Any]:
+    """The request's JSON body, validated; an empty body is an empty object.
+
+    Raises what `read_body` raises, BadRequest where it is no JSON, UnsupportedMediaType where it does not say that
+    it is, and marshmallow's ValidationError.
+    """
+    body = read_body()
+    if body and not request.is_json:
+        raise UnsupportedMediaType
+    try:
+        return schema.load(json.loads(body or "{}", parse_constant=_no_number))  # type: ignore[no-any-return]
+    except ValidationError:
+        raise
+    # ValueError: no JSON or no UTF-8. RecursionError: nested deeper than Python's stack.
+    except (ValueError, RecursionError):
+        raise BadRequest from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are Python's, not JSON's (RFC 8259 §6)
+
+
+def read_body() -> bytes:
+    """The request's body, in bounded time and size.
+
+    Raises RequestEntityTooLarge, RequestTimeout, or BadRequest where it breaks off.
+    """
+    try:
+        with gevent.Timeout(BODY_TIMEOUT, RequestTimeout):
+            body = request.get_data(cache=False)
+    except HTTPException:
+        raise
+    # Every server has exceptions of its own for a broken chunk.
+    except Exception:
+        raise BadRequest from None
+    # A server that ends the input by itself hands a body that broke off on as if that were all of it.
+    if len(body) < (request.content_length or 0):
+        raise BadRequest
+    # Werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH, which is one byte more than we take.
+    if len(body) > LARGEST_BODY:
+        raise RequestEntityTooLarge
+    return body
+
+
+def ignore_body() -> None:
+    """Take in a body that nobody asked for, under the bounds of `read_body`."""
+    if request.environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in request.environ:
+        read_body()

@@ -1,0 +1,88 @@
+"""The blueprint: every endpoint under /sessions."""
+
+from ipaddress import ip_address
+from typing import Any
+
+from flask import Blueprint, Response, current_app, g, jsonify, request, url_for
+from werkzeug.routing import BaseConverter
+
+from app.auth import requires_token
+from app.schemas import SESSION_ID, OpenSchema, RevokeAllSchema, SessionSchema, ignore_body, load_body, rfc3339
+from app.store import SessionStore
+
+bp = Blueprint("sessions", __name__, url_prefix="/sessions")
+
+
+class SessionIdConverter(BaseConverter):
+    """Lets through what could be an id that we made; everything else is no session, and Redis is not asked."""
+
+    regex = SESSION_ID
+
+
+@bp.record_once
+def _prepare(state: Any) -> None:
+    state.app.url_map.converters["session_id"] = SessionIdConverter
+
+
+def store() -> SessionStore:
+    return current_app.extensions["session_store"]  # type: ignore[no-any-return]
+
+
+@bp.post("/<session_id:id>/heartbeat")
+@requires_token
+def heartbeat(id: str) -> Response:
+    """Keep a session alive."""
+    ignore_body()
+    renewal = store().heartbeat(g.subject, id)
+    response = jsonify(success=True, message="Session updated successfully", newExpiry=rfc3339(renewal.expires_at_ms))
+    response.headers["Session-Expires-In"] = str(renewal.expires_in)
+    return response
+
+
+@bp.get("")
+@requires_token
+def list_sessions() -> dict[str, Any]:
+    """List the caller's live sessions."""
+    return {"success": True, "sessions": SessionSchema(many=True).dump(store().list(g.subject))}
+
+
+@bp.post("")
+@requires_token
+def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
+    """Open a session."""
+    options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
+    session = store().open(g.subject, ip_address=peer_address(), **options)
+    body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
+    return body, 201, {"Location": url_for("sessions.get_session", id=session.id)}
+
+
+@bp.get("/<session_id:id>")
+@requires_token
+def get_session(id: str) -> dict[str, Any]:
+    """Read a session without extending it."""
+    return {"success": True, "session": SessionSchema().dump(store().get(g.subject, id))}
+
+
+@bp.post("/<session_id:id>/revoke")
+@requires_token
+def revoke(id: str) -> dict[str, Any]:
+    """End a session."""
+    ignore_body()
+    store().revoke(g.subject, id)
+    return {"success": True, "message": "Session revoked successfully"}
+
+
+@bp.post("/revoke-all")
+@requires_token
+def revoke_all() -> dict[str, Any]:
+    """End all of the caller's sessions, or all but one."""
+    store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
+    return {"success": True, "message": "All sessions revoked successfully"}
+
+
+def peer_address() -> str | None:
+    """The caller's IP address, or None where a proxy names something else."""
+    try:
+        return str(ip_address(request.remote_addr or ""))
+    except ValueError:
+        return None

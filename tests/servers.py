@@ -1,0 +1,111 @@
+"""Servers that the tests start themselves, on loopback or on a socket in a temporary folder, and stop."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def required(program: str) -> str:
+    """The path of a program; without it the test is skipped on a laptop and fails on CI."""
+    path = shutil.which(program)
+    if path is None and os.environ.get("CI") == "true":
+        pytest.fail(f"{program} is missing, and on CI that is a failure")
+    return path or pytest.skip(f"{program} is not on the PATH")
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for a condition; connection trouble counts as not yet."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, redis.RedisError):
+            if condition():
+                return
+        time.sleep(0.02)
+    raise AssertionError("not within %s seconds" % seconds)
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """A process for the length of a block, stopped by its id."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class RedisServer:
+    """A redis-server on a socket, which can be stopped and started again at the same place."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.socket = folder / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._command = [required("redis-server"), "--port", "0", "--unixsocket", str(self.socket)]
+        self._command += ["--save", "", "--dir", str(folder), "--loglevel", "warning", *options]
+        self.client = redis.Redis(unix_socket_path=str(self.socket), decode_responses=True)
+        self.process: subprocess.Popen | None = None
+
+    def launch(self, *options: str) -> None:
+        """Start without waiting until it answers."""
+        self.process = subprocess.Popen([*self._command, *options], stdout=subprocess.DEVNULL)
+
+    def start(self) -> None:
+        self.launch()
+        until(self.client.ping)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> "RedisServer":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self.client.close()
+
+
+@contextlib.contextmanager
+def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
+    """The service under its own gunicorn.conf.py, on a free port; gives its base address."""
+    with gunicorn_process(environ, workers) as (_, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def gunicorn_process(environ: dict[str, str], workers: int = 1) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The same; gives the process and the port."""
+    port = free_port()
+    env = {"PATH": os.environ["PATH"], "PORT": str(port), "WEB_CONCURRENCY": str(workers), **environ}
+    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--log-level", "warning"]
+    with running(command, cwd=ROOT, env=env) as process:
+
+        def listening() -> bool:
+            assert process.poll() is None, "gunicorn did not start"
+            return socket.create_connection(("127.0.0.1", port), 1).close() is None
+
+        until(listening)
+        yield process, port

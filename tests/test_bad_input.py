@@ -1,0 +1,287 @@
+"""Input that nobody should send: a 4xx in the contract's shape, and nothing written."""
+
+from collections.abc import Callable
+
+import pytest
+import redis
+from flask import Flask
+
+from app.schemas import LARGEST_BODY
+from tests.conftest import FAILURES, Caller, Clock, answer
+
+MISSING = "A" * 32
+STRANGE_IDS = {
+    "empty": "",
+    "not UTF-8": "%FF",
+    "also not UTF-8": "%FE",
+    "id and not UTF-8": "A" * 31 + "%FF",
+    "NUL": "%00",
+    "id and NUL": "A" * 32 + "%00",
+    "id and newline": "A" * 32 + "%0A",
+    "id and CR LF": "A" * 32 + "%0D%0A",
+    "newline and id": "%0A" + "A" * 32,
+    "id and space": "A" * 32 + "%20",
+    "10 kB": "A" * 10_000,
+    "21 characters": "A" * 21,
+    "65 characters": "A" * 65,
+    "dots": "..",
+    "encoded dots": "%2e%2e",
+    "one dot": ".",
+    "slash": "%2F",
+    "id, slash": "A" * 32 + "%2F",
+    "path": "..%2F..%2Fetc%2Fpasswd",
+    "encoded twice": "%2541" * 32,
+    "space": "%20",
+    "plus": "A" * 31 + "+",
+    "padding": "A" * 31 + "=",
+    "letters beyond ASCII": "%C3%A9" * 32,
+    "digits beyond ASCII": "%D9%A1" * 32,
+    "wide letters": "%EF%BC%A1" * 32,
+    "emoji": "%F0%9F%92%A9" * 32,
+    "surrogate": "%ED%A0%80" * 32,
+    "glob": "*" * 32,
+    "braces": "{" + "A" * 30 + "}",
+    "colons": ":" * 32,
+    "quote": "'" + "A" * 32,
+    "semicolon": "A" * 32 + ";x=1",
+    "format": "%25s" * 32,
+}
+
+
+def refused(alice: Caller, method: str, path: str, **options: object) -> int:
+    """The status of a request that has to be a 4xx in the contract's shape, and no redirect."""
+    response = alice.raw(method, path, **options)
+    assert 400 <= response.status_code < 500
+    assert "Location" not in response.headers
+    if method != "HEAD":
+        assert response.headers["Content-Type"] == "application/json"
+        assert response.json["success"] is False
+        assert isinstance(response.json["error"], str)
+        assert set(response.json) <= {"success", "error", "details"}
+        assert ("details" in response.json) == (response.status_code == 422)
+        for messages in response.json.get("details", {}).values():
+            assert messages and all(isinstance(message, str) for message in messages)
+    return response.status_code
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/heartbeat"), ("POST", "/revoke"), ("GET", "")])
+@pytest.mark.parametrize("id", STRANGE_IDS.values(), ids=STRANGE_IDS)
+def test_strange_id(alice: Caller, database: redis.Redis, id: str, method: str, path: str) -> None:
+    """What cannot be an id is answered byte for byte like a session that does not exist."""
+    missing = alice.raw(method, f"/sessions/{MISSING}{path}")
+    assert missing.status_code == 404
+    assert answer(alice.raw(method, f"/sessions/{id}{path}")) == answer(missing)
+    assert database.keys() == []
+
+
+@pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
+@pytest.mark.parametrize("id", STRANGE_IDS.values(), ids=STRANGE_IDS)
+def test_strange_id_while_the_store_is_down(alice: Caller, database: redis.Redis, id: str) -> None:
+    """Redis is never asked for what cannot be an id."""
+    database.connection_pool.connection_kwargs["server"].connected = False
+    assert alice.raw("POST", f"/sessions/{id}/heartbeat").status_code == 404
+    assert alice.raw("POST", f"/sessions/{MISSING}/heartbeat").status_code == 500
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//",
+        "///",
+        "/sessions/",
+        "/sessions//",
+        "/sessions/{id}/",
+        "/sessions//{id}",
+        "/sessions//{id}/heartbeat",
+        "/sessions/{id}//heartbeat",
+        "/sessions/{id}/heartbeat/",
+        "/sessions/{id}/heartbeat//",
+        "/sessions/{id}/Heartbeat",
+        "/sessions/{id}/revoke/",
+        "/sessions/{id}/revoke/{id}",
+        "/sessions/revoke-all/",
+        "/SESSIONS",
+        "/sessions%00",
+        "/sessions%FF",
+        "/healthz/",
+        "//example.com/sessions",
+        "/%2e%2e/sessions",
+        "/sessions%3Fid=1",
+    ],
+)
+def test_no_such_path(alice: Caller, method: str, path: str) -> None:
+    """A path that is not quite one of ours is not found, whatever the method, and nobody is sent elsewhere."""
+    id = alice.open()
+    assert refused(alice, method, path.format(id=id)) == 404
+    assert alice.ids() == [id]
+
+
+@pytest.mark.parametrize("method, path", FAILURES)
+def test_leading_slashes(alice: Caller, method: str, path: str) -> None:
+    """A path that begins with more than one slash is not found, so that it gets past no rule of a proxy's."""
+    assert refused(alice, method, "/" + path.format(id=alice.open())) == 404
+
+
+JSON = "application/json"
+OBJECTS = {
+    "not JSON": (b"{", 400),
+    "words": (b"deviceName=x", 400),
+    "white space": (b"  ", 400),
+    "two objects": (b"{}{}", 400),
+    "single quotes": (b"{'deviceName': 'x'}", 400),
+    "not UTF-8": (b'{"deviceName": "\xff"}', 400),
+    "only bytes": (b"\xff\xfe\xfd", 400),
+    "NUL": (b"\x00", 400),
+    "NaN": (b'{"idleTimeoutSeconds": NaN}', 400),
+    "Infinity": (b'{"idleTimeoutSeconds": Infinity}', 400),
+    "minus Infinity": (b'{"idleTimeoutSeconds": -Infinity}', 400),
+    "digits": (b'{"idleTimeoutSeconds": ' + b"1" * 5000 + b"}", 400),
+    "lists 2,000 deep": (b"[" * 2000 + b"]" * 2000, 400),
+    "objects 2,000 deep": (b'{"a":' * 2000 + b"1" + b"}" * 2000, 400),
+    "lists 40,000 deep, never closed": (b"[" * 40_000, 400),
+    "list": (b"[]", 422),
+    "list of objects": (b"[{}]", 422),
+    "number": (b"5", 422),
+    "string": (b'"deviceName"', 422),
+    "null": (b"null", 422),
+    "true": (b"true", 422),
+    "beyond a double": (b'{"idleTimeoutSeconds": 1e999}', 422),
+    "unknown field": (b'{"colour": "red"}', 422),
+    "unknown field without a name": (b'{"": 1}', 422),
+    "unknown field that is no text": (b'{"\\ud800": 1}', 422),
+    "unknown field 500 deep": (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", 422),
+    "100 kB": (b'{"deviceName": "' + b"x" * 100_000 + b'"}', 413),
+    "100 kB of white space": (b" " * 100_000, 413),
+    "100 kB that is no JSON": (b"\xff" * 100_000, 413),
+}
+
+
+@pytest.mark.parametrize("path", ["/sessions", "/sessions/revoke-all"])
+@pytest.mark.parametrize("body, status", OBJECTS.values(), ids=OBJECTS)
+def test_bad_body(alice: Caller, database: redis.Redis, path: str, body: bytes, status: int) -> None:
+    """A body that is no JSON object of the documented fields is refused, and nothing has happened."""
+    id = alice.open()
+    keys = set(database.keys())
+    assert refused(alice, "POST", path, data=body, content_type=JSON) == status
+    assert set(database.keys()) == keys
+    assert alice.ids() == [id]
+
+
+@pytest.mark.parametrize("path", ["/sessions", "/sessions/revoke-all"])
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "",
+        "text/plain",
+        "text/json",
+        "application/x-www-form-urlencoded",
+        "application/jsonp",
+        "json",
+        ";",
+        "\xff",
+    ],
+)
+def test_wrong_content_type(alice: Caller, path: str, content_type: str | None) -> None:
+    """A body that does not say that it is JSON is refused, whatever it holds."""
+    id = alice.open()
+    assert refused(alice, "POST", path, data=b"{}", content_type=content_type) == 415
+    assert alice.ids() == [id]
+
+
+@pytest.mark.parametrize(
+    "content_type", [JSON, "application/json; charset=utf-8", "Application/JSON", None, "text/plain"]
+)
+def test_no_body(alice: Caller, content_type: str | None) -> None:
+    """Without a body the Content-Type does not matter."""
+    assert alice.post("/sessions", content_type=content_type).status_code == 201
+    assert alice.post("/sessions/revoke-all", content_type=content_type).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON"])
+def test_spellings_of_the_content_type(alice: Caller, content_type: str) -> None:
+    """The Content-Type may have parameters and capitals."""
+    assert alice.post("/sessions", data=b'{"location": "x"}', content_type=content_type).status_code == 201
+
+
+STRANGE_TEXTS = ["", 5, 1.5, True, None, [], {}, ["x"], "\ud800", "x\udfff"]
+STRANGE_SECONDS = [0, -1, 1.5, "5", "", True, False, None, [], {}, 10**30, -(10**30), 1e300]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [(field, text) for field in ("deviceName", "location", "loginMethod") for text in STRANGE_TEXTS]
+    + [("deviceName", "x" * 129), ("location", "é" * 129), ("loginMethod", "x" * 65)]
+    + [("idleTimeoutSeconds", seconds) for seconds in STRANGE_SECONDS]
+    + [
+        (field, "2099-01-01T00:00:00.000Z")
+        for field in ("startedAt", "expiresAt", "lastActivity", "userId", "id", "ipAddress", "subject", "success")
+    ]
+    + [
+        ("devicename", "x"),
+        ("device_name", "x"),
+        ("idle_timeout", 5),
+        ("absoluteTimeoutSeconds", 5),
+        ("__proto__", {}),
+    ],
+)
+def test_bad_field(alice: Caller, database: redis.Redis, field: str, value: object) -> None:
+    """A field with a value out of its bounds, or one that only the server sets, is named and refused."""
+    body = {"deviceName": "x", field: value}
+    response = alice.post("/sessions", json=body)
+    assert refused(alice, "POST", "/sessions", json=body) == response.status_code == 422
+    assert set(response.json["details"]) == {field}
+    assert database.keys() == []
+
+
+def test_idle_timeout_above_the_maximum(make_app: Callable[..., Flask], database: redis.Redis) -> None:
+    """The configured maximum may be asked for, and not a second more."""
+    alice = Caller(make_app(session_idle_max_seconds=7))
+    assert alice.post("/sessions", json={"idleTimeoutSeconds": 8}).status_code == 422
+    assert database.keys() == []
+    assert alice.post("/sessions", json={"idleTimeoutSeconds": 7}).status_code == 201
+
+
+def test_refused_alike_every_time(alice: Caller, clock: Clock) -> None:
+    """Requests leave nothing behind in the process: the same mistake gets the same answer, with one message."""
+    for _ in range(3):
+        response = alice.post("/sessions", json={"idleTimeoutSeconds": clock.idle * 100 + 1})
+        assert len(response.json["details"]["idleTimeoutSeconds"]) == 1
+
+
+def test_apps_side_by_side(make_app: Callable[..., Flask]) -> None:
+    """Two apps in one process keep to their own configuration each."""
+    narrow, wide = Caller(make_app(session_idle_max_seconds=7)), Caller(make_app(session_idle_max_seconds=70))
+    assert narrow.post("/sessions", json={"idleTimeoutSeconds": 70}).status_code == 422
+    assert wide.post("/sessions", json={"idleTimeoutSeconds": 70}).status_code == 201
+
+
+@pytest.mark.parametrize("field", ["startedAt", "sessionId", "except_id", "ids"])
+def test_bad_field_for_revoke_all(alice: Caller, field: str) -> None:
+    """A misspelt wish to spare a session revokes none, rather than all."""
+    id = alice.open()
+    assert refused(alice, "POST", "/sessions/revoke-all", json={field: id}) == 422
+    assert alice.ids() == [id]
+
+
+SMALL_BODIES = [b"{}", b"{", b"x", b"\xff\x00", b'{"newExpiry": "2099-01-01T00:00:00.000Z"}', b" " * LARGEST_BODY]
+
+
+@pytest.mark.parametrize("content_type", [None, JSON, "text/plain", "multipart/form-data", "nonsense"])
+@pytest.mark.parametrize("body", SMALL_BODIES, ids=lambda body: repr(body[:9]))
+def test_ignored_body(alice: Caller, body: bytes, content_type: str | None) -> None:
+    """A heartbeat or a revoke ignores a body of bounded size, whatever it is and says it is."""
+    id = alice.open()
+    assert alice.raw("POST", f"/sessions/{id}/heartbeat", data=body, content_type=content_type).status_code == 200
+    assert alice.raw("POST", f"/sessions/{id}/revoke", data=body, content_type=content_type).status_code == 200
+
+
+@pytest.mark.parametrize("size", [LARGEST_BODY + 1, LARGEST_BODY + 2, 1_000_000])
+def test_body_too_large_to_ignore(alice: Caller, size: int) -> None:
+    """A heartbeat or a revoke with a body beyond the bound is refused and has no effect."""
+    id = alice.open()
+    before = alice.read(id).json
+    for path in (f"/sessions/{id}/heartbeat", f"/sessions/{id}/revoke"):
+        assert refused(alice, "POST", path, data=b"x" * size) == 413
+    assert alice.read(id).json == before

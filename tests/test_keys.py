@@ -1,0 +1,328 @@
+"""Signing keys from an issuer's key set, over HTTP on both sides."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from flask import Flask
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from werkzeug.test import TestResponse
+
+from app import create_app
+from app.config import Config
+from app.keys import JwksKeys
+from tests.servers import until
+
+SHARED_SECRET = "known-to-whoever-reads-the-key-set"
+
+
+class Issuer:
+    """A key set on loopback, in whatever state a test wants it."""
+
+    def __init__(self) -> None:
+        self.keys: list[object] = []
+        self.body: bytes | None = None  # sent instead of the keys
+        self.status = 200
+        self.delay = 0.0
+        self.requests = 0
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/jwks"
+
+    def start(self) -> None:
+        issuer = self
+        self._stopping = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                issuer.requests += 1
+                issuer._stopping.wait(issuer.delay)
+                with contextlib.suppress(ConnectionError):  # the caller has given up
+                    self.send_response(issuer.status)
+                    self.end_headers()
+                    self.wfile.write(json.dumps({"keys": issuer.keys}).encode() if issuer.body is None else issuer.body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@dataclass
+class Key:
+    """A key pair of the issuer's."""
+
+    id: str
+    algorithm: str = "ES256"
+
+    def __post_init__(self) -> None:
+        self._private: Any = {
+            "RS256": lambda: rsa.generate_private_key(65537, 2048),
+            "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+            "EdDSA": ed25519.Ed25519PrivateKey.generate,
+        }[self.algorithm]()
+
+    def jwk(self, **members: object) -> dict[str, Any]:
+        kind = {"RS256": RSAAlgorithm, "ES256": ECAlgorithm, "EdDSA": OKPAlgorithm}[self.algorithm]
+        return {**kind.to_jwk(self._private.public_key(), as_dict=True), "kid": self.id, **members}
+
+    def token(self, **header: str | None) -> str:
+        """A token under this key's id, unless the header names another one or None."""
+        named = {name: value for name, value in {"kid": self.id, **header}.items() if value is not None}
+        claims = {"sub": "alice", "exp": int(time.time()) + 86400}
+        return jwt.encode(claims, self._private, self.algorithm, headers=named)
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    issuer = Issuer()
+    yield issuer
+    issuer.stop()
+
+
+@pytest.fixture
+def key(issuer: Issuer) -> Key:
+    """A key that is in the issuer's key set."""
+    key = Key("first")
+    issuer.keys = [key.jwk()]
+    return key
+
+
+def app_of(issuer: Issuer) -> Flask:
+    return create_app(Config(redis_url="memory://", jwt_jwks_url=issuer.url, web_concurrency=1))
+
+
+def ask(app: Flask, token: str) -> TestResponse:
+    return app.test_client().get("/sessions", headers={"Authorization": f"Bearer {token}"})
+
+
+def status(app: Flask, token: str) -> int:
+    return ask(app, token).status_code
+
+
+def timed(app: Flask, token: str) -> tuple[int, float]:
+    """The status of an answer and the seconds that it took."""
+    begun = time.perf_counter()
+    return status(app, token), time.perf_counter() - begun
+
+
+def hmac_token(**header: str) -> str:
+    return jwt.encode({"sub": "alice", "exp": int(time.time()) + 600}, SHARED_SECRET, "HS256", headers=header)
+
+
+def oct_jwk(id: str) -> dict[str, str]:
+    """The secret as a key set would hold it."""
+    return json.loads(jwt.algorithms.HMACAlgorithm.to_jwk(SHARED_SECRET.encode())) | {"kid": id}
+
+
+def answers(**state: object) -> Callable[[Issuer], None]:
+    """Puts an issuer into a state."""
+    return lambda issuer: vars(issuer).update(state)
+
+
+# What an issuer may do instead of answering with keys that can be used.
+TROUBLES = [
+    pytest.param(answers(status=500), id="500"),
+    pytest.param(answers(body=b"<h1>It works!</h1>"), id="garbage"),
+    pytest.param(answers(body=b"[" * 100_000), id="nested deeply"),
+    pytest.param(answers(body=b""), id="nothing"),
+    pytest.param(answers(body=b"[]"), id="a list"),
+    pytest.param(answers(body=b"{}"), id="no member keys"),
+    pytest.param(answers(body=b'{"keys": {"a": 1}}'), id="keys an object"),
+    pytest.param(answers(body=b'{"keys": [{"kid": "first"}, null]}'), id="broken keys"),
+    pytest.param(answers(keys=[]), id="no keys"),
+    pytest.param(answers(keys=[Key("first").jwk(use="enc")]), id="encryption keys"),
+    pytest.param(answers(keys=[oct_jwk("first")]), id="symmetric keys"),
+    pytest.param(Issuer.stop, id="gone"),
+]
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_accepted(issuer: Issuer, algorithm: str) -> None:
+    """A token that a key of the set has signed is accepted, whatever kind of key it is."""
+    key = Key("first", algorithm)
+    issuer.keys = [Key("other").jwk(), key.jwk(use="sig", alg=algorithm)]
+    app = app_of(issuer)
+    assert status(app, key.token()) == 200
+    assert status(app, Key("first", algorithm).token()) == 401
+    assert issuer.requests == 1
+
+
+def test_rotation(issuer: Issuer, key: Key) -> None:
+    """The first token under a new key makes for one fetch and is accepted; the key that has left is refused."""
+    app = app_of(issuer)
+    new = Key("second")
+    issuer.keys = [new.jwk()]
+    assert status(app, key.token()) == 200
+    assert status(app, new.token()) == 200
+    assert issuer.requests == 2
+    assert status(app, key.token()) == 401
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_last_good_keys(issuer: Issuer, key: Key, trouble: Callable[[Issuer], None]) -> None:
+    """The keys stay in use while the issuer sends none."""
+    app = app_of(issuer)
+    trouble(issuer)
+    assert status(app, Key("unknown").token()) == 401  # after a fetch
+    assert status(app, key.token()) == 200
+    assert status(app, Key("first").token()) == 401
+
+
+def test_many_unknown_keys(issuer: Issuer, key: Key) -> None:
+    """Fifty unknown key ids at once are one fetch, and all of those within the cool-down none."""
+    app = app_of(issuer)
+    tokens = [key.token(kid=f"unknown-{n}") for n in range(50)]
+    with ThreadPoolExecutor(50) as callers:
+        assert set(callers.map(lambda token: status(app, token), tokens)) == {401}
+    assert issuer.requests == 2
+    assert {status(app, token) for token in tokens} == {401}
+    assert issuer.requests == 2
+
+
+def test_cool_down_ends(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the cool-down, and not before, an unknown key id makes for a fetch again."""
+    monkeypatch.setattr(JwksKeys, "COOLDOWN", 0.2)
+    app = app_of(issuer)
+    late = Key("late")
+    assert status(app, late.token()) == 401
+    issuer.keys.append(late.jwk())
+    until(lambda: status(app, late.token()) == 200)
+    assert issuer.requests == 3
+
+
+def test_hanging_issuer(issuer: Issuer, key: Key) -> None:
+    """While the issuer hangs, unknown key ids wait a second and known ones not at all."""
+    app = app_of(issuer)
+    issuer.delay = 60
+    with ThreadPoolExecutor(20) as callers:
+        unknown = [callers.submit(timed, app, key.token(kid=f"unknown-{n}")) for n in range(20)]
+        until(lambda: issuer.requests == 2)
+        known = [timed(app, key.token()) for _ in range(5)]
+        assert not any(call.done() for call in unknown)
+        assert {status for status, _ in known} == {200}
+        assert min(seconds for _, seconds in known) < 0.05
+        assert {call.result()[0] for call in unknown} == {401}
+        assert max(call.result()[1] for call in unknown) < 1.3
+
+
+@pytest.mark.parametrize("trouble", [*TROUBLES, pytest.param(answers(delay=60.0), id="hanging")])
+def test_no_key_ever(
+    issuer: Issuer, key: Key, trouble: Callable[[Issuer], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any key the answer is 503, not 401, until the issuer is there."""
+    monkeypatch.setattr(JwksKeys, "RETRY_EVERY", 0.02)
+    monkeypatch.setattr(JwksKeys, "FETCH_TIMEOUT", 0.1)
+    monkeypatch.setattr(JwksKeys, "UNKNOWN_KEY_WAIT", 0.1)
+    healthy = dict(vars(issuer))
+    trouble(issuer)
+    app = app_of(issuer)
+    for token in (key.token(), key.token(kid=None)):
+        response = ask(app, token)
+        assert response.status_code == 503
+        assert response.content_type == "application/json"
+        assert response.json == {"success": False, "error": "Signing keys not available"}
+        assert int(response.headers["Retry-After"]) > 0
+        assert "WWW-Authenticate" not in response.headers
+    assert status(app, "garbage") == 401
+    if trouble is Issuer.stop:
+        issuer.start()
+    else:
+        vars(issuer).update({name: healthy[name] for name in ("keys", "body", "status", "delay")})
+    until(lambda: status(app, key.token()) == 200)
+
+
+@pytest.mark.parametrize("algorithms", [("ES256", "ES256"), ("ES256", "RS256"), ("RS256", "ES256"), ("EdDSA", "RS256")])
+def test_without_key_id(issuer: Issuer, algorithms: tuple[str, str]) -> None:
+    """A token without a key id is tried against every key of the set."""
+    keys = [Key(f"key-{n}", algorithm) for n, algorithm in enumerate(algorithms)]
+    issuer.keys = [key.jwk() for key in keys]
+    app = app_of(issuer)
+    assert [status(app, key.token(kid=None)) for key in keys] == [200, 200]
+    assert status(app, Key("other").token(kid=None)) == 401
+    assert issuer.requests == 1
+
+
+def test_key_id_of_another_key(issuer: Issuer, key: Key) -> None:
+    """A token that names one key and is signed with another is refused."""
+    other = Key("second")
+    issuer.keys.append(other.jwk())
+    assert status(app_of(issuer), key.token(kid="second")) == 401
+
+
+def test_symmetric_key(issuer: Issuer, key: Key) -> None:
+    """A symmetric key in the set verifies nothing and is in nobody's way."""
+    issuer.keys.insert(0, oct_jwk("symmetric"))
+    app = app_of(issuer)
+    assert status(app, hmac_token(kid="symmetric")) == status(app, hmac_token()) == 401
+    assert status(app, hmac_token(kid="first")) == 401
+    assert status(app, key.token()) == status(app, key.token(kid=None)) == 200
+
+
+def test_encryption_key(issuer: Issuer, key: Key) -> None:
+    """A key that is there for encryption verifies no signature (RFC 7517 §4.2)."""
+    encryption = Key("encryption")
+    issuer.keys.append(encryption.jwk(use="enc"))
+    app = app_of(issuer)
+    assert status(app, encryption.token()) == status(app, encryption.token(kid=None)) == 401
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        pytest.param(5, id="not an object"),
+        pytest.param({"kid": "odd"}, id="no type"),
+        pytest.param({"kid": "odd", "kty": "EC", "crv": "P-256"}, id="no point"),
+        pytest.param({"kid": "odd", "kty": "AKP"}, id="unknown type"),
+        pytest.param(Key("odd").jwk(alg="ECDH-ES"), id="unknown algorithm"),
+        pytest.param(Key("odd").jwk(alg="none"), id="algorithm none"),
+        pytest.param(Key("odd").jwk(alg=["ES256"]), id="algorithm a list"),
+        pytest.param(Key("odd").jwk(kid=["odd"]), id="id a list"),
+    ],
+)
+def test_unusable_key(issuer: Issuer, key: Key, member: object) -> None:
+    """A member of the set that is no usable key is ignored, and the others are used (RFC 7517 §5)."""
+    issuer.keys.insert(0, member)
+    app = app_of(issuer)
+    assert status(app, key.token()) == status(app, key.token(kid=None)) == 200
+
+
+def test_replaced_key(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that was replaced under the same id is noticed at the next refresh."""
+    monkeypatch.setattr(JwksKeys, "REFRESH_EVERY", 0.02)
+    app = app_of(issuer)
+    assert status(app, key.token()) == 200
+    new = Key(key.id)
+    issuer.keys = [new.jwk()]
+    until(lambda: status(app, new.token()) == 200)
+    assert status(app, key.token()) == 401
+
+
+def test_generation(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generation grows when a key changes, even under the same id, and only then."""
+    monkeypatch.setattr(JwksKeys, "REFRESH_EVERY", 0.02)
+    keys = JwksKeys(issuer.url)
+    assert keys.generation == 1
+    until(lambda: issuer.requests > 3)
+    assert keys.generation == 1
+    issuer.keys = [Key(key.id).jwk()]
+    until(lambda: keys.generation == 2)

@@ -1,0 +1,214 @@
+"""A Redis that is gone, hangs, or refuses: never taken for the end of a session, and got over without a restart."""
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import redis
+from flask import Flask
+
+from app import create_app
+from app.config import Config
+from app.connection import connect
+from tests.conftest import FAILURES, SECRET, Caller
+from tests.servers import RedisServer, until
+
+MISSING = "A" * 32
+each_endpoint = pytest.mark.parametrize("method, path", FAILURES)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[RedisServer]:
+    """A Redis to be hurt, which remembers over a restart what it was told."""
+    with RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+@pytest.fixture
+def app(server: RedisServer) -> Iterator[Flask]:
+    config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
+    client = connect(config)
+    yield create_app(config, redis=client)
+    client.connection_pool.disconnect()
+
+
+@pytest.fixture
+def id(alice: Caller) -> str:
+    """A session that was opened before the trouble."""
+    return alice.open()
+
+
+def assert_fails(alice: Caller, method: str, path: str) -> None:
+    """An endpoint gives its own 500, within 2 seconds, and says when to try again."""
+    began = time.monotonic()
+    response = alice.raw(method, path)
+    assert time.monotonic() - began < 2
+    sentence = FAILURES[method, re.sub("/[A-Za-z0-9_-]{32}", "/{id}", path)]
+    body = b'{"success": false, "error": "%b"}' % sentence.encode()
+    assert (response.status_code, response.data) == (500, body)
+    assert re.fullmatch("[1-9][0-9]*", response.headers["Retry-After"])
+
+
+@each_endpoint
+def test_gone(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
+    """While Redis is gone every endpoint fails in its own words, for sessions that exist and others alike."""
+    server.stop()
+    assert_fails(alice, method, path.format(id=id))
+    assert_fails(alice, method, path.format(id=MISSING))
+
+
+@each_endpoint
+def test_back(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
+    """When Redis is back at its place the first request succeeds, and the sessions that it kept live on."""
+    server.stop()
+    assert_fails(alice, method, path.format(id=id))
+    server.start()
+    assert alice.raw(method, path.format(id=id)).status_code in (200, 201)
+
+
+def test_back_with_everything(alice: Caller, server: RedisServer, id: str) -> None:
+    """After a restart of Redis an old session is kept alive and a new one can be opened."""
+    expiry = alice.read(id).json["session"]["expiresAt"]
+    server.stop()
+    server.start()
+    assert alice.heartbeat(id).json["newExpiry"] > expiry
+    new = alice.open()
+    assert sorted(alice.ids()) == sorted([id, new])
+
+
+@each_endpoint
+def test_token_comes_first(app: Flask, server: RedisServer, method: str, path: str) -> None:
+    """While Redis is gone a caller without a valid token is told of the token."""
+    server.stop()
+    assert Caller(app, exp=1).raw(method, path.format(id=MISSING)).status_code == 401
+    assert app.test_client().open(path.format(id=MISSING), method=method).status_code == 401
+
+
+def test_readiness(alice: Caller, server: RedisServer) -> None:
+    """Liveness does not depend on Redis; readiness does, within 2 seconds, and comes back by itself."""
+    for hurt, heal in (
+        (server.stop, server.start),
+        (
+            lambda: server.process.send_signal(signal.SIGSTOP),
+            lambda: server.process.send_signal(signal.SIGCONT),
+        ),
+    ):
+        hurt()
+        began = time.monotonic()
+        assert [alice.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 503]
+        assert time.monotonic() - began < 2
+        heal()
+        assert [alice.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+
+
+@each_endpoint
+def test_hangs(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
+    """A Redis that does not answer is an error within 2 seconds, and forgotten as soon as it answers again."""
+    server.process.send_signal(signal.SIGSTOP)
+    assert_fails(alice, method, path.format(id=id))
+    server.process.send_signal(signal.SIGCONT)
+    server.client.ping()
+    began = time.monotonic()
+    assert alice.open()
+    assert time.monotonic() - began < 1
+
+
+def test_hangs_and_the_session_lives(alice: Caller, server: RedisServer, id: str) -> None:
+    """Within a second after Redis answers again a heartbeat succeeds."""
+    server.process.send_signal(signal.SIGSTOP)
+    assert_fails(alice, "POST", f"/sessions/{id}/heartbeat")
+    server.process.send_signal(signal.SIGCONT)
+    until(lambda: alice.heartbeat(id).status_code == 200, seconds=1)
+
+
+def test_crowd(app: Flask, server: RedisServer, id: str) -> None:
+    """Many more callers than there are connections all get their answer within 2 seconds while Redis hangs."""
+    server.process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(50) as pool:
+        for each in [pool.submit(assert_fails, Caller(app), "POST", f"/sessions/{id}/heartbeat") for _ in range(50)]:
+            each.result()
+    server.process.send_signal(signal.SIGCONT)
+    until(lambda: Caller(app).heartbeat(id).status_code == 200, seconds=1)
+
+
+@each_endpoint
+def test_closed_connections(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
+    """That Redis has closed the connections that were idle is not noticed by any caller."""
+    server.client.client_kill_filter(_type="normal", skipme=True)
+    assert alice.raw(method, path.format(id=id)).status_code in (200, 201)
+
+
+def read_only(client: redis.Redis) -> None:
+    client.replicaof("127.0.0.1", "1")
+
+
+def without_master(client: redis.Redis) -> None:
+    client.config_set("replica-serve-stale-data", "no")
+    client.replicaof("127.0.0.1", "1")
+
+
+def without_replicas(client: redis.Redis) -> None:
+    client.config_set("min-replicas-to-write", 1)
+
+
+def without_permission(client: redis.Redis) -> None:
+    client.execute_command("ACL SETUSER", "default", "-@scripting", "-@sortedset")
+
+
+def with_another_password(client: redis.Redis) -> None:
+    client.config_set("requirepass", "another")
+    client.client_kill_filter(_type="normal", skipme=True)
+
+
+def heal(client: redis.Redis) -> None:
+    client.replicaof("NO", "ONE")
+    client.config_set("min-replicas-to-write", 0)
+    client.execute_command("ACL SETUSER", "default", "+@all", "nopass")
+
+
+@each_endpoint
+@pytest.mark.parametrize(
+    "hurt", [read_only, without_master, without_replicas, without_permission, with_another_password]
+)
+def test_refuses(
+    alice: Caller, server: RedisServer, id: str, hurt: Callable[[redis.Redis], None], method: str, path: str
+) -> None:
+    """A Redis that refuses, for whatever reason, is an error and never the end of a session."""
+    hurt(server.client)
+    assert_fails(alice, method, path.format(id=id))
+    heal(server.client)
+    assert alice.heartbeat(id).status_code == 200
+    assert alice.ids() == [id]
+
+
+@each_endpoint
+def test_replica_knows_nothing(alice: Caller, server: RedisServer, method: str, path: str) -> None:
+    """What a replica has not got, perhaps not yet, is not taken for ended, nor its list for the whole."""
+    read_only(server.client)
+    assert_fails(alice, method, path.format(id=MISSING))
+
+
+def test_loading(folder: Path) -> None:
+    """While Redis loads its data every endpoint fails; afterwards the sessions are there."""
+    with RedisServer(folder, "--rdbcompression", "no") as server:
+        config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
+        client = connect(config)
+        alice = Caller(create_app(config, redis=client))
+        id = alice.open()
+        server.client.mset({f"filler:{i}": "x" * 3000 for i in range(1000)})
+        server.client.save()
+        server.stop()
+        server.launch("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+        until(lambda: server.client.info("persistence")["loading"])
+        for method, path in FAILURES:
+            assert_fails(alice, method, path.format(id=id))
+        assert alice.get("/readyz").status_code == 503
+        assert server.client.info("persistence")["loading"]
+        server.client.config_set("key-load-delay", 0)
+        until(lambda: not server.client.info("persistence")["loading"])
+        assert alice.heartbeat(id).status_code == 200
+        client.connection_pool.disconnect()
