@@ -2,10 +2,13 @@
 
 import functools
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
+from cachetools import TLRUCache
 from flask import current_app, g, request
 from werkzeug.exceptions import NotFound
 
@@ -15,6 +18,9 @@ from app.keys import Keys
 # RFC 7515 §7.1: three parts of base64url without padding.
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 LONGEST_SUBJECT = 256
+# A token goes on being accepted for so long after its key was withdrawn from a process that does not know yet.
+REMEMBERED_SECONDS = 60
+REMEMBERED_TOKENS = 16_384
 
 
 class TokenMissing(Exception):
@@ -25,11 +31,24 @@ class TokenInvalid(Exception):
     """The token is malformed, expired, of another issuer or not signed by one of our keys; `str()` says which."""
 
 
+class _Verified(NamedTuple):
+    subject: str
+    exp: float
+
+
+def _forget_at(token: str, verified: _Verified, now: float) -> float:
+    return min(verified.exp, now + REMEMBERED_SECONDS)
+
+
 class TokenVerifier:
     """Tells the subject of a token, or why there is none."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
+        self._generation = keys.generation
+        # Verified tokens: the signature is checked once a minute at most, not with every heartbeat.
+        self._verified: TLRUCache[str, _Verified] = TLRUCache(REMEMBERED_TOKENS, _forget_at, timer=time.time)
+        self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
         # Not the module's own decoder: its options are shared by all who import it.
         self._jwt = jwt.PyJWT(
@@ -52,9 +71,26 @@ class TokenVerifier:
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
+        generation = self._keys.generation
+        with self._lock:
+            if generation != self._generation:
+                self._generation = generation
+                self._verified.clear()
+            try:
+                return self._verified[token].subject
+            except KeyError:
+                pass
+        fresh = self._verify(token)
+        with self._lock:
+            if generation == self._generation:
+                self._verified[token] = fresh
+        return fresh.subject
+
+    def _verify(self, token: str) -> "_Verified":
         if not COMPACT_JWS.fullmatch(token):
             raise TokenInvalid("The token is malformed")
-        return self._subject(self._claims(token))
+        claims = self._claims(token)
+        return _Verified(self._subject(claims), claims["exp"])
 
     def _claims(self, token: str) -> Any:
         try:
@@ -106,9 +142,10 @@ def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(view)
     def guarded(**kwargs: Any) -> Any:
-        if request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug takes for a single slash
+        environ = request.environ
+        if environ["PATH_INFO"].startswith("//"):  # which Werkzeug takes for a single slash
             raise NotFound
-        g.subject = current_app.extensions["token_verifier"].verify(bearer_token(request.environ))
+        g.subject = current_app.extensions["token_verifier"].verify(bearer_token(environ))
         return view(**kwargs)
 
     return guarded

@@ -41,13 +41,17 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def parse_timeout_seconds(text: str) -> float:
-    """A parser for the Redis timeout: two of them must fit into the contract's 2 seconds."""
+    """A parser for the Redis timeout.
+
+    A heartbeat may wait for the batch before its own, each for half a timeout in the pool's queue and a whole one for
+    Redis, and all of that has to fit into the contract's 2 seconds.
+    """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0.05 <= value <= 0.8:
-        raise ValueError("must be a number of seconds from 0.05 to 0.8")
+    if not 0.05 <= value <= 0.5:
+        raise ValueError("must be a number of seconds from 0.05 to 0.5")
     return value
 
 

@@ -13,16 +13,15 @@ POOL_SIZE = 10
 def connect(config: Config) -> redis.Redis:
     """The client for `config.redis_url`. It connects when it is first used.
 
-    A call ends within twice the configured timeout: it waits that long for a connection out of the pool and that
-    long for an answer. A connection that the server closed while it was idle is replaced and the call sent again,
-    once; one that timed out is not, since a server that hangs would only hang again.
+    A call waits half the configured timeout for a connection out of the pool and the whole of it for an answer. One
+    that times out is not repeated, since a server that hangs would only hang again.
     """
     if config.redis_url.startswith("memory://"):
         return _in_process()
     pool = redis.BlockingConnectionPool.from_url(
         config.redis_url,
         max_connections=POOL_SIZE,
-        timeout=config.redis_timeout_seconds,
+        timeout=config.redis_timeout_seconds / 2,
         socket_timeout=config.redis_timeout_seconds,
         socket_connect_timeout=config.redis_timeout_seconds,
         retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),

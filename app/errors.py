@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 # What the published API says when an endpoint fails through no fault of the caller's.
 FAILED = {
     "sessions.heartbeat": "Failed to update session",
+    "sessions.heartbeat_many": "Failed to update sessions",
     "sessions.list_sessions": "Failed to retrieve sessions",
     "sessions.open_session": "Failed to open session",
     "sessions.get_session": "Failed to retrieve session",

@@ -1,22 +1,50 @@
 """What comes in and what goes out: JSON bodies, read and written with marshmallow."""
 
+import functools
 import json
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
 import gevent
-from flask import request
+from flask import Response, request
+from flask.json.provider import DefaultJSONProvider
 from marshmallow import Schema, ValidationError, fields, post_dump, validate, validates
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
 
 LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
 BODY_TIMEOUT = 3.0  # seconds for the whole body to arrive
+MOST_IDS = 1000
 SESSION_ID = r"[A-Za-z0-9_-]{22,64}"
+
+
+class Answer(Response):
+    """JSON that is not to be stored (RFC 9111 §5.2.2.5) or taken for another type (OWASP ASVS 3.4.4)."""
+
+    default_mimetype = "application/json"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.headers.add("Cache-Control", "no-store")
+        self.headers.add("X-Content-Type-Options", "nosniff")
+
+
+class ContractJSON(DefaultJSONProvider):
+    """Bodies as the API document prints them: fields in their order, a space behind colons and commas."""
+
+    sort_keys = False
+
+    def response(self, *args: Any, **kwargs: Any) -> Answer:
+        return Answer(self.dumps(args[0] if args else kwargs))
 
 
 def rfc3339(ms: int) -> str:
     """Milliseconds since the epoch as RFC 3339: UTC, ending in Z, with milliseconds."""
-    return f"{datetime.fromtimestamp(ms // 1000, timezone.utc):%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
+    return f"{_to_the_second(ms // 1000)}.{ms % 1000:03d}Z"
+
+
+@functools.lru_cache(1024)  # a fleet's expiries lie in few seconds
+def _to_the_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class Instant(fields.Field[int]):
@@ -74,6 +102,21 @@ class OpenSchema(Schema):
         validate.Range(1, self._idle_max)(value)
 
 
+class Ids(fields.Field[list[str]]):
+    """A list of 1 to MOST_IDS strings. Whatever is wrong with it is one message, not one for each element."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[str]:
+        if isinstance(value, list) and 1 <= len(value) <= MOST_IDS and all(isinstance(id, str) for id in value):
+            return value
+        raise ValidationError(f"Not a list of 1 to {MOST_IDS} strings.")
+
+
+class HeartbeatManySchema(Schema):
+    """Which sessions to keep alive. An id that could be none is no error: it is answered like a missing session."""
+
+    ids = Ids(required=True)
+
+
 class RevokeAllSchema(Schema):
     """Which session to spare, if any."""
 
@@ -126,5 +169,6 @@ def read_body() -> bytes:
 
 def ignore_body() -> None:
     """Take in a body that nobody asked for, under the bounds of `read_body`."""
-    if request.environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in request.environ:
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
         read_body()

@@ -1,16 +1,31 @@
 """The blueprint: every endpoint under /sessions."""
 
+import re
 from ipaddress import ip_address
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, jsonify, request, url_for
+from flask import Blueprint, Response, current_app, g, request, url_for
 from werkzeug.routing import BaseConverter
 
 from app.auth import requires_token
-from app.schemas import SESSION_ID, OpenSchema, RevokeAllSchema, SessionSchema, ignore_body, load_body, rfc3339
-from app.store import SessionStore
+from app.schemas import (
+    SESSION_ID,
+    Answer,
+    HeartbeatManySchema,
+    OpenSchema,
+    RevokeAllSchema,
+    SessionSchema,
+    ignore_body,
+    load_body,
+    rfc3339,
+)
+from app.store import Renewal, SessionStore
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
+
+
+# Written out, since building it with json takes a tenth of the time that the whole heartbeat takes.
+RENEWED = '{"success": true, "message": "Session updated successfully", "newExpiry": "%s"}'
 
 
 class SessionIdConverter(BaseConverter):
@@ -34,9 +49,20 @@ def heartbeat(id: str) -> Response:
     """Keep a session alive."""
     ignore_body()
     renewal = store().heartbeat(g.subject, id)
-    response = jsonify(success=True, message="Session updated successfully", newExpiry=rfc3339(renewal.expires_at_ms))
-    response.headers["Session-Expires-In"] = str(renewal.expires_in)
+    response = Answer(RENEWED % rfc3339(renewal.expires_at_ms))
+    response.headers.add("Session-Expires-In", str(renewal.expires_in))
     return response
+
+
+@bp.post("/heartbeat")
+@requires_token
+def heartbeat_many() -> dict[str, Any]:
+    """Keep many sessions alive."""
+    ids = load_body(HeartbeatManySchema())["ids"]
+    possible = [id for id in ids if re.fullmatch(SESSION_ID, id)]
+    renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
+    results = [heartbeat_result(id, renewals.get(id)) for id in ids]
+    return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
 @bp.get("")
@@ -78,6 +104,13 @@ def revoke_all() -> dict[str, Any]:
     """End all of the caller's sessions, or all but one."""
     store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
     return {"success": True, "message": "All sessions revoked successfully"}
+
+
+def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:
+    """One of many: like the answer to a single heartbeat, with the id."""
+    if renewal is None:
+        return {"id": id, "success": False, "error": "Session not found or expired"}
+    return {"id": id, "success": True, "newExpiry": rfc3339(renewal.expires_at_ms)}
 
 
 def peer_address() -> str | None:

@@ -92,8 +92,8 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
         for value in (str(least - 1), str(most + 1), *NO_NUMBERS)
     ]
     + [
-        bad_value("REDIS_TIMEOUT_SECONDS", value, "must be a number of seconds from 0.05 to 0.8")
-        for value in ("0", "0.04", "0.81", "-1", "nan", "inf", "1 s")
+        bad_value("REDIS_TIMEOUT_SECONDS", value, "must be a number of seconds from 0.05 to 0.5")
+        for value in ("0", "0.04", "0.51", "-1", "nan", "inf", "1 s")
     ]
     + [
         bad_value("JWT_JWKS_URL", value, "must be an https:// address")

@@ -244,6 +244,7 @@ def test_nothing_leaks(
     id = alice.open()
     for name in ("execute_command", "pipeline"):
         monkeypatch.setattr(database, name, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(database.connection_pool, "get_connection", lambda *_, **__: 1 / 0)
     response = alice.raw(method, path.format(id=id))
     body = {"success": False, "error": FAILURES[method, path]}
     assert (response.status_code, json.loads(sent(response))) == (500, body)

@@ -1,0 +1,77 @@
+"""Group commit: callers that are waiting together share one round trip. Commands in, replies out."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Abandoned(Exception):
+    """The caller who led this batch was stopped; whether the command took effect is not known."""
+
+
+class _Batch:
+    """Commands that travel together, and their replies once `done` is set."""
+
+    __slots__ = ("previous", "commands", "replies", "done")
+
+    def __init__(self, previous: "threading.Event | None") -> None:
+        self.previous = previous
+        self.commands: list[Any] = []
+        self.replies: Sequence[Any] | None = None
+        self.done = threading.Event()
+
+
+class GroupCommit:
+    """Sends commands in batches, one batch at a time, without a thread or a timer of its own.
+
+    Who opens a batch leads it: waits until the batch before is back, while others join, and sends it for all of
+    them. When nothing is in flight there is nothing to wait for. Works under threads and, where gevent has patched
+    them, under greenlets.
+    """
+
+    def __init__(self, send: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+        """`send` takes a batch to the server in bounded time; gives a reply or an error for each command, in order.
+
+        What it raises is raised to every caller of that batch, and to no other.
+        """
+        self._send = send
+        self._mutex = threading.Lock()
+        self._collecting: _Batch | None = None
+        self._in_flight: threading.Event | None = None
+
+    def submit(self, command: Any) -> Any:
+        """Send a command with whatever else is waiting; gives its own reply or raises its own error.
+
+        Raises Abandoned where the leader of its batch was stopped from outside.
+        """
+        with self._mutex:
+            batch, leads = self._collecting, False
+            if batch is None:
+                batch, leads = _Batch(self._in_flight), True
+                self._collecting, self._in_flight = batch, batch.done
+            place = len(batch.commands)
+            batch.commands.append(command)
+        if leads:
+            self._lead(batch)
+        else:
+            batch.done.wait()
+        reply = batch.replies[place] if batch.replies is not None else Abandoned()
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _lead(self, batch: _Batch) -> None:
+        try:
+            if batch.previous is not None:
+                batch.previous.wait()
+            with self._mutex:
+                self._collecting = None  # who comes now opens the next batch
+            batch.replies = self._send(batch.commands)
+        except Exception as error:
+            batch.replies = [error] * len(batch.commands)
+        finally:
+            # Also where this caller is killed, waiting or sending: nobody may wait for ever on its account.
+            with self._mutex:
+                if self._collecting is batch:
+                    self._collecting, self._in_flight = None, batch.previous
+            batch.done.set()
