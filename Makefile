@@ -1,5 +1,6 @@
 # make run    the service on port 8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
 # make test   style, types and the whole suite
+# make faults the long tests: failovers, slow clients, races, each with its figures
 # make check  style and types alone
 # make bench  the heartbeat against an empty route and a plain one, in about three minutes; needs wrk and redis-server
 # make pins   compile requirements*.txt from setup.cfg anew
@@ -10,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hash
 PIN := $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host setup.cfg
 
-.PHONY: run test check bench pins
+.PHONY: run test faults check bench pins
 .ONESHELL:
 .SHELLFLAGS := -ec
 
@@ -36,10 +37,13 @@ run: .venv/run
 test: check
 	$(BIN)/pytest --cov
 
+faults: .venv/dev
+	$(BIN)/pytest faults --capture=tee-sys -rP --no-header
+
 check: .venv/dev
 	$(BIN)/black --quiet --check .
 	$(BIN)/isort --quiet --check .
-	$(BIN)/flake8 app bench tests *.py
+	$(BIN)/flake8 app bench faults tests *.py
 	$(BIN)/mypy
 
 bench: .venv/dev

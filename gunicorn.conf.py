@@ -1,10 +1,17 @@
 """How gunicorn serves the app. PORT is its own: it listens on 0.0.0.0:$PORT, or on 127.0.0.1:8000 without one."""
 
+import json
 import os
+import resource
 import subprocess
 import sys
 
+from gunicorn import util
 from gunicorn.glogging import Logger
+
+# A connection is a file, and the soft limit is often 1024.
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 # Greenlets: a client that sends slowly, or only keeps its connection open, holds up nobody else.
 worker_class = "gevent"
@@ -21,12 +28,19 @@ graceful_timeout = 10
 # A socket in the home folder through which the server could be steered.
 control_socket_disable = True
 
-# Logs are a stream on stdout (https://12factor.net/logs).
+# Logs are a stream on stdout (https://12factor.net/logs), a JSON object a line, UTC.
 logconfig_dict = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
-    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "line"}},
+    "formatters": {
+        "json": {
+            "()": "pythonjsonlogger.json.JsonFormatter",
+            "fmt": "%(levelname)s %(name)s %(message)s",
+            "rename_fields": {"levelname": "level", "name": "logger", "message": "event"},
+            "timestamp": "time",
+        }
+    },
+    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"level": "INFO", "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True, "handlers": []}},
 }
@@ -38,12 +52,31 @@ class logger_class(Logger):
     def access(self, *args):
         pass
 
+    def warning(self, msg, *args, **kwargs):
+        """Of a request that cannot be parsed only what is wrong: what was sent may hold a token or a session's id."""
+        if msg.startswith("Invalid request from ip="):
+            msg = ": ".join(msg.split(": ")[:2])
+        super().warning(msg, *args, **kwargs)
+
+
+def write_error(sock, status, reason, message):
+    """Answer what never reaches the app in the contract's shape too; gunicorn's HTML would repeat what was sent."""
+    body = json.dumps({"success": False, "error": reason})
+    head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    util.write_nonblock(sock, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+
+
+util.write_error = write_error
+
 
 def on_starting(server):
-    """Refuse a bad configuration once and as a whole, with exit code 1, before any worker starts.
+    """Look at the environment and at Redis once, before any worker starts; a bad configuration ends here.
 
     In a process of its own: what the app imports must not be there before gevent has patched the worker.
     """
     module = server.app.app_uri.partition(":")[0]
-    if subprocess.run([sys.executable, "-c", f"import {module}"]).returncode:
+    looked = subprocess.run([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
+    for line in looked.stdout.splitlines():
+        server.log.warning(line)
+    if looked.returncode:
         sys.exit(1)

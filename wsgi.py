@@ -1,12 +1,22 @@
-"""The entry point: reads the environment and makes the application."""
+"""The entry point: reads the environment and makes the application.
+
+Run as a program it says what is wrong with the environment and with Redis, a line each; the exit code is 1 where that
+keeps the service from starting.
+"""
 
 import os
 import sys
 
 from app import create_app
 from app.config import Config, ConfigError
+from app.health import inspect
 
 try:
     app = create_app(Config.from_env(os.environ))
 except ConfigError as error:
     sys.exit(str(error))
+
+if __name__ == "__main__":
+    findings = list(inspect(app.extensions["servers"]))
+    print(*(finding.text for finding in findings), sep="\n", end="")
+    sys.exit(any(finding.fatal for finding in findings))

@@ -12,7 +12,7 @@ from werkzeug.routing import MapAdapter
 from app import cli, errors, health, sessions
 from app.auth import TokenVerifier
 from app.config import Config
-from app.connection import connect
+from app.connection import Single, connect
 from app.keys import load_keys
 from app.schemas import LARGEST_BODY, Answer, ContractJSON
 from app.store import SessionStore
@@ -54,7 +54,9 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     )
     app.url_map.merge_slashes = False  # no redirect on any path
     app.extensions["config"] = config
-    app.extensions["session_store"] = SessionStore(config, redis if redis is not None else connect(config))
+    servers = Single(redis) if redis is not None else connect(config)
+    app.extensions["servers"] = servers
+    app.extensions["session_store"] = SessionStore(config, servers)
     app.extensions["token_verifier"] = TokenVerifier(config, load_keys(config))
     app.register_blueprint(sessions.bp)
     app.register_blueprint(health.bp)

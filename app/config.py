@@ -1,5 +1,6 @@
 """The configuration: one frozen `Config`, parsed once from the environment."""
 
+import hashlib
 import math
 import os
 import re
@@ -17,7 +18,15 @@ HMAC_KEY_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 PUBLIC_KEY_ALGORITHMS = (*RSA_ALGORITHMS, *EC_ALGORITHMS.values(), "EdDSA")
-REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
+# Each scheme with what may follow the address.
+REDIS_SCHEMES = {
+    "redis": r"/?|/[0-9]+",
+    "rediss": r"/?|/[0-9]+",
+    "unix": r"/.+",
+    "redis+sentinel": r"/[^/]+(/[0-9]+)?",
+    "redis+cluster": r"/?",
+    "memory": r"/?",
+}
 LONGEST_SECONDS = 10 * 365 * 86400
 
 
@@ -70,19 +79,45 @@ def parse_secrets(text: str) -> tuple[str, ...]:
 
 def parse_redis_url(text: str) -> str:
     """A parser for the address of Redis."""
+    scheme = text.partition("://")[0]
+    if scheme not in REDIS_SCHEMES:
+        raise ValueError("must start with " + ", ".join(f"{scheme}://" for scheme in REDIS_SCHEMES))
     try:
         url = urlsplit(text)
-        url.port  # raises ValueError where it is no number
+        if scheme not in ("unix", "memory"):
+            addresses_of(text)
     except ValueError:
         raise ValueError("is not a URL") from None
-    if url.scheme not in REDIS_SCHEMES:
-        raise ValueError("must start with " + ", ".join(f"{s}://" for s in REDIS_SCHEMES))
-    if url.scheme in ("redis", "rediss") and not re.fullmatch(r"/?|/[0-9]+", url.path):
-        raise ValueError("must end in a database number, as in redis://host:6379/0")
+    if not re.fullmatch(REDIS_SCHEMES[scheme], url.path):
+        raise ValueError("must end in a database number, as in redis://host:6379/0, or redis+sentinel://…/service/0")
     # An option in the URL would override the timeouts that bound every answer.
     if not re.fullmatch(r"(db=[0-9]+)?", url.query):
         raise ValueError("takes no option after the ? but db, as in unix:///run/redis.sock?db=1")
     return text
+
+
+def addresses_of(url: str) -> list[tuple[str, int]]:
+    """The hosts and ports that a URL of Redis names, one or several. Raises ValueError where it names none."""
+    port = 26379 if url.startswith("redis+sentinel") else 6379
+    addresses = [urlsplit(f"//{part}") for part in urlsplit(url).netloc.rpartition("@")[2].split(",")]
+    if len(addresses) > 1 and not url.startswith("redis+") or not all(a.hostname for a in addresses):
+        raise ValueError("names no address")
+    return [(address.hostname or "", address.port or port) for address in addresses]
+
+
+def parse_ca_certs(text: str) -> str:
+    """A parser for authorities to trust: PEM (RFC 7468), or the path of a file with it."""
+    pem = text.replace("\\n", "\n")
+    if not pem.startswith("-----BEGIN CERTIFICATE-----") and not os.path.isfile(text):
+        raise ValueError("must be a PEM certificate or the path of a file")
+    return pem
+
+
+def parse_on_off(text: str) -> bool:
+    """A parser for a switch."""
+    if text not in ("on", "off"):
+        raise ValueError("must be on or off")
+    return text == "on"
 
 
 def parse_public_key(text: str) -> str:
@@ -132,6 +167,9 @@ class Config:
     redis_url: str = setting(parse_redis_url, "", secret=True)
     redis_tls_url: str | None = setting(parse_redis_url, secret=True)
     redis_timeout_seconds: float = setting(parse_timeout_seconds, 0.5)
+    redis_ca_certs: str | None = setting(parse_ca_certs, secret=True)
+    redis_tls_verify: bool = setting(parse_on_off, True)
+    redis_wait_replicas: int = setting(whole(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: str | None = setting(parse_public_key, secret=True)
     jwt_jwks_url: str | None = setting(parse_jwks_url)
@@ -190,6 +228,8 @@ class Config:
             problems.append(
                 f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {', '.join(unfit)} cannot be used with {given[0]}"
             )
+        if self.redis_ca_certs and not self.redis_tls_verify:
+            problems.append("REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off")
         if self.session_idle_seconds > self.session_idle_max_seconds:
             problems.append(
                 f"SESSION_IDLE_SECONDS={self.session_idle_seconds}: must not be more than "
@@ -202,6 +242,11 @@ class Config:
             shortest = min(len(secret.encode()) for secret in self.jwt_secret)
             return tuple(name for name, least in HMAC_KEY_BYTES.items() if least <= shortest)
         return algorithms_of(self.jwt_public_key) if self.jwt_public_key else PUBLIC_KEY_ALGORITHMS
+
+    @property
+    def log_key(self) -> bytes:
+        """What ids and subjects are hashed with in logs: the same in every worker, and a secret where these two are."""
+        return hashlib.sha256(" ".join(["log", self.redis_url, *self.jwt_secret]).encode()).digest()
 
     @property
     def algorithms(self) -> tuple[str, ...]:

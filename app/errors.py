@@ -4,11 +4,12 @@ import logging
 import random
 from typing import Any
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, g, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from app.auth import TokenInvalid, TokenMissing
+from app.events import emit, request_id
 from app.keys import KeysUnavailable
 from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
@@ -40,13 +41,13 @@ BEARER = 'Bearer realm="sessions"'
 def register(app: Flask) -> None:
     """Answer every error, the framework's included, in the contract's shape."""
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(SessionNotFound, lambda _: error(404, not_found()))
-    app.register_error_handler(TooManySessions, lambda _: error(429, headers=retry_after(30)))
+    app.register_error_handler(SessionNotFound, session_not_found)
+    app.register_error_handler(TooManySessions, too_many_sessions)
     app.register_error_handler(ValidationError, lambda e: error(422, details=e.normalized_messages()))
-    app.register_error_handler(TokenMissing, lambda _: error(401, "Missing bearer token", {"WWW-Authenticate": BEARER}))
-    app.register_error_handler(TokenInvalid, invalid_token)
+    app.register_error_handler(TokenMissing, token_missing)
+    app.register_error_handler(TokenInvalid, token_invalid)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
-    app.register_error_handler(StoreUnavailable, store_unavailable)
+    app.register_error_handler(StoreUnavailable, lambda _: failed())
     app.register_error_handler(Exception, unexpected)
 
 
@@ -83,16 +84,27 @@ def http_error(e: HTTPException) -> Response:
     return error(status, SENTENCES.get(status, e.name), headers)
 
 
-def invalid_token(e: TokenInvalid) -> Response:
+def token_missing(e: TokenMissing) -> Response:
+    emit("token_refused", reason="There is none")
+    return error(401, "Missing bearer token", {"WWW-Authenticate": BEARER})
+
+
+def token_invalid(e: TokenInvalid) -> Response:
+    emit("token_refused", reason=str(e))
     challenge = f'{BEARER}, error="invalid_token", error_description="{e}"'
     return error(401, "Invalid or expired token", {"WWW-Authenticate": challenge})
 
 
-def store_unavailable(e: StoreUnavailable) -> Response:
-    log.error("Redis: %s", e)
-    return failed()
+def session_not_found(e: SessionNotFound) -> Response:
+    emit("session_not_found", subject=g.subject, session=(request.view_args or {})["id"], endpoint=request.endpoint)
+    return error(404, not_found())
+
+
+def too_many_sessions(e: TooManySessions) -> Response:
+    emit("limit_reached", subject=g.subject)
+    return error(429, headers=retry_after(30))
 
 
 def unexpected(e: Exception) -> Response:
-    log.exception("unexpected %s", type(e).__name__)
+    log.exception("unexpected_error", extra={"request_id": request_id()})
     return failed()

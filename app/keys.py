@@ -112,10 +112,10 @@ class JwksKeys:
             key_set = self._client.fetch_data()
             found = dict(filter(None, map(_signing_key, key_set["keys"])))
         except Exception as error:
-            log.warning("key set not refreshed: %s", type(error).__name__)
+            log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
             return
         if not found:
-            log.warning("key set not refreshed: it has no signing key")
+            log.warning("key_set_not_refreshed", extra={"reason": "it has no signing key"})
         elif key_set != self._key_set:
             self._key_set = key_set
             self._keys = found

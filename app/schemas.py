@@ -24,8 +24,8 @@ class Answer(Response):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.headers.add("Cache-Control", "no-store")
-        self.headers.add("X-Content-Type-Options", "nosniff")
+        self.headers["Cache-Control"] = "no-store"
+        self.headers["X-Content-Type-Options"] = "nosniff"
 
 
 class ContractJSON(DefaultJSONProvider):

@@ -8,6 +8,7 @@ from flask import Blueprint, Response, current_app, g, request, url_for
 from werkzeug.routing import BaseConverter
 
 from app.auth import requires_token
+from app.events import emit
 from app.schemas import (
     SESSION_ID,
     Answer,
@@ -78,6 +79,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     """Open a session."""
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
     session = store().open(g.subject, ip_address=peer_address(), **options)
+    emit("session_opened", subject=g.subject, session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
     return body, 201, {"Location": url_for("sessions.get_session", id=session.id)}
 
@@ -95,6 +97,7 @@ def revoke(id: str) -> dict[str, Any]:
     """End a session."""
     ignore_body()
     store().revoke(g.subject, id)
+    emit("session_revoked", subject=g.subject, session=id)
     return {"success": True, "message": "Session revoked successfully"}
 
 
@@ -102,7 +105,8 @@ def revoke(id: str) -> dict[str, Any]:
 @requires_token
 def revoke_all() -> dict[str, Any]:
     """End all of the caller's sessions, or all but one."""
-    store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
+    number = store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
+    emit("sessions_revoked", subject=g.subject, number=number)
     return {"success": True, "message": "All sessions revoked successfully"}
 
 

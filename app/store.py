@@ -2,19 +2,25 @@
 
 import functools
 import hashlib
+import logging
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 import redis
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import AskError, NoScriptError, RedisError, ResponseError
 
 from app.config import Config
+from app.connection import Servers
 from app.group_commit import Abandoned, GroupCommit
+
+log = logging.getLogger(__name__)
 
 
 class SessionNotFound(Exception):
@@ -59,66 +65,153 @@ class Script:
     """A Lua file and the name that Redis keeps it under."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self.source = (Path(__file__).parent / "lua" / f"{name}.lua").read_text()
         self.sha = hashlib.sha1(self.source.encode()).hexdigest()
 
+    def by_name(self, call: "Call") -> "Command":
+        return ("EVALSHA", self.sha, len(call[0]), *call[0], *call[1])
 
-OPEN, GET, HEARTBEAT, REVOKE = (Script(name) for name in ("open", "get", "heartbeat", "revoke"))
+    def in_full(self, call: "Call") -> "Command":
+        return ("EVAL", self.source, len(call[0]), *call[0], *call[1])
+
+
+OPEN, GET, INDEX, HEARTBEAT, REVOKE = map(Script, ("open", "get", "index", "heartbeat", "revoke"))
 
 # A call of a script: its keys, then its arguments.
 Call = tuple[Sequence[str], Sequence[str | int]]
+Command = tuple[str | int, ...]
+
+
+class Confirmation:
+    """Whether a primary's replicas have a write, so that whichever of them takes over has it too.
+
+    All that are attached have to say so. One that has left may just have been promoted, with the others still
+    confirming what will be thrown away; only after SETTLED seconds is it taken for lost, and the rest will do.
+    """
+
+    SETTLED = 5.0
+    WAIT_MS = 100
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self._attached = 0
+        self._fewer_since: float | None = None
+
+    @property
+    def commands(self) -> Sequence[Command]:
+        """What to send behind a write, on the same connection."""
+        return ("WAIT", max(self._least, self._attached), self.WAIT_MS), ("ROLE",)
+
+    def given(self, confirmed: int, role: Sequence[Any]) -> bool:
+        """Whether the replies to `commands` are enough."""
+        needed, attached, now = max(self._least, self._attached), len(role[2]), time.monotonic()
+        if attached < self._attached and self._fewer_since is None:
+            self._fewer_since = now
+        elif attached >= self._attached or now - (self._fewer_since or now) >= self.SETTLED:
+            self._attached, self._fewer_since = attached, None
+        return confirmed >= needed
 
 
 class Scripts:
-    """Runs scripts on a Redis."""
+    """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        self._redis = client
-
-    def run(self, script: Script, keys: Sequence[str], args: Sequence[str | int] = ()) -> Any:
-        """Run a script once."""
-        return self.run_each(script, [(keys, args)])[0]
+    def __init__(self, servers: Servers, replicas: int = 0) -> None:
+        """`replicas` is how many have to confirm what is run with `run_durably`."""
+        self._servers = servers
+        self._replicas = replicas
+        self._confirmations: WeakKeyDictionary[redis.Redis, Confirmation] = WeakKeyDictionary()
+        self._in_trouble: set[tuple[str, redis.Redis | None]] = set()
 
     def run_each(self, script: Script, calls: Sequence[Call]) -> list[Any]:
         """Run a script for each call, in one round trip. Raises StoreUnavailable where any of them fails."""
+        return self._run(script, calls, durably=False)
+
+    def run_durably(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+        """The same for what must not be lost in a failover.
+
+        Raises StoreUnavailable also where the replicas have not confirmed it in time; it may then have taken effect.
+        """
+        return self._run(script, calls, durably=self._replicas > 0)
+
+    def try_each(self, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
+        """Run a script for each call, and then some `last` commands, in one round trip. Gives replies or errors.
+
+        It takes two round trips where Redis has lost the script, as it does in every restart and failover. EVAL
+        brings one back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead one.
+        """
+        client = None
+        try:
+            client = self._servers.client_for(calls[0][0][0])
+            replies = self._try_each(client, script, calls, last)
+        except (RedisError, OSError) as error:
+            self._notice(script, client, error)
+            raise
+        self._notice(script, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
+        return replies
+
+    def _run(self, script: Script, calls: Sequence[Call], *, durably: bool) -> list[Any]:
         if not calls:
             return []
         with unavailable():
-            replies = self.try_each(script, calls)
+            confirmation = self._confirmation(calls) if durably else None
+            replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
-            return replies
+        if confirmation and not confirmation.given(*replies[len(calls) :]):
+            raise StoreUnavailable("not confirmed by enough replicas")
+        return replies[: len(calls)]
 
-    def try_each(self, script: Script, calls: Sequence[Call]) -> list[Any]:
-        """Run a script for each call, in one round trip; two where Redis has lost the script. Gives replies or errors.
+    def _confirmation(self, calls: Sequence[Call]) -> "Confirmation":
+        client = self._servers.client_for(calls[0][0][0])
+        return self._confirmations.setdefault(client, Confirmation(self._replicas))
 
-        It loses its scripts in every restart and failover, so that is no error. EVAL brings one back wherever its
-        keys live; SCRIPT LOAD would go to all primaries of a cluster and fail with the first dead one.
-        """
-        replies = self._send([("EVALSHA", script.sha, len(keys), *keys, *args) for keys, args in calls])
+    def _try_each(
+        self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command]
+    ) -> list[Any]:
+        replies = _send(client, [*(script.by_name(call) for call in calls), *last])
         lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if lost:
-            again = self._send([("EVAL", script.source, len(calls[i][0]), *calls[i][0], *calls[i][1]) for i in lost])
-            for i, reply in zip(lost, again):
+            again = _send(client, [*(script.in_full(calls[i]) for i in lost), *last])
+            for i, reply in zip([*lost, *range(len(calls), len(replies))], again):
                 replies[i] = reply
+        # MOVED and ASK, while a cluster moves slots. The first one that cannot be followed speaks for the rest.
+        for i in [i for i, reply in enumerate(replies) if isinstance(reply, AskError)]:
+            replies[i] = self._servers.follow(script.in_full(calls[i]))
         return replies
 
-    def _send(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """What redis-py's pipeline does, at half its cost: it is built for more kinds of commands than one."""
-        pool = self._redis.connection_pool
-        connection = pool.get_connection()
-        try:
-            return _exchange(connection, commands)
-        except redis.ConnectionError:
-            # The server may have closed the connection while it was idle, which shows only now.
-            return _exchange(connection, commands)
-        finally:
-            # Where a reply did not come the connection has been closed: no other caller will find it there.
-            pool.release(connection)
+    def _notice(self, script: Script, client: redis.Redis | None, error: Exception | None) -> None:
+        """Log trouble once when it begins and once when it is over.
+
+        For each script, since a full Redis refuses only some, and each server, since a cluster seldom fails as a whole.
+        """
+        where = (script.name, client)
+        if error is not None:
+            self._servers.failed(error)
+            if where not in self._in_trouble:
+                self._in_trouble.add(where)
+                log.error("redis_unavailable", extra={"script": script.name, "reason": _described(error)})
+        elif where in self._in_trouble:
+            self._in_trouble.discard(where)
+            log.warning("redis_available", extra={"script": script.name})
 
 
-def _exchange(connection: Any, commands: Sequence[Sequence[Any]]) -> list[Any]:
+def _send(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
+    """What redis-py's pipeline does, at half its cost: it is built for more kinds of commands than one."""
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        return _exchange(connection, commands)
+    except redis.ConnectionError:
+        # The server may have closed the connection while it was idle, which shows only now.
+        return _exchange(connection, commands)
+    finally:
+        # Where a reply did not come the connection has been closed: no other caller will find it there.
+        pool.release(connection)
+
+
+def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
     connection.send_packed_command(connection.pack_commands(commands))
     return [_reply(connection) for _ in commands]
 
@@ -133,10 +226,11 @@ def _reply(connection: Any) -> Any:
 class SessionStore:
     """The sessions of all subjects. Every method raises StoreUnavailable where Redis is in trouble."""
 
-    def __init__(self, config: Config, client: redis.Redis) -> None:
-        self._redis = client
-        self._scripts = Scripts(client)
-        self._heartbeats = GroupCommit(functools.partial(self._scripts.try_each, HEARTBEAT))
+    def __init__(self, config: Config, servers: Servers) -> None:
+        self._servers = servers
+        self._scripts = Scripts(servers, config.redis_wait_replicas)
+        # One for each server, so that one which hangs holds up nobody else.
+        self._heartbeats: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
         self._idle_timeout = config.session_idle_seconds
         self._absolute_timeout = config.session_absolute_seconds
         self._limit = config.session_limit
@@ -160,11 +254,9 @@ class SessionStore:
         described = {"login": login_method, "device": device_name, "ip": ip_address, "location": location}
         fields = [part for name, value in described.items() if value is not None for part in (name, value)]
         prefix = session_key(subject, "")
-        reply = self._scripts.run(
-            OPEN,
-            [index_key(subject), prefix + id],
-            [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields],
-        )
+        keys = [index_key(subject), prefix + id]
+        args: list[str | int] = [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields]
+        [reply] = self._scripts.run_durably(OPEN, [(keys, args)])
         if reply is None:
             raise TooManySessions
         started_at_ms, expires_at_ms = reply
@@ -181,7 +273,7 @@ class SessionStore:
 
     def get(self, subject: str, id: str) -> Session:
         """Read a session without extending it. Raises SessionNotFound."""
-        reply = self._scripts.run(GET, [session_key(subject, id)])
+        [reply] = self._scripts.run_each(GET, [([session_key(subject, id)], [])])
         if reply is None:
             raise SessionNotFound
         return _session(id, reply)
@@ -190,16 +282,19 @@ class SessionStore:
         """The subject's live sessions, the most recently active first."""
         ids = self._indexed(subject)
         replies = self._scripts.run_each(GET, [([session_key(subject, id)], []) for id in ids])
-        self._forget(subject, [id for id, reply in zip(ids, replies) if reply is None])
+        # The index is tidied: what has died stays dead, so nothing can have come in between.
+        dead = [id for id, reply in zip(ids, replies) if reply is None]
+        self._scripts.run_each(REVOKE, [_revocation(subject, id) for id in dead])
         live = [_session(id, reply) for id, reply in zip(ids, replies) if reply is not None]
         return sorted(live, key=lambda session: session.last_activity_ms, reverse=True)
 
     def heartbeat(self, subject: str, id: str) -> Renewal:
         """Extend a session by its idle timeout, up to its absolute end. Raises SessionNotFound; never creates."""
+        key = session_key(subject, id)
         try:
-            reply = self._heartbeats.submit(((session_key(subject, id),), ()))
+            reply = self._batches(key).submit(((key,), ()))
         except (RedisError, OSError, Abandoned) as error:
-            raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
+            raise StoreUnavailable(_described(error)) from error
         if reply is None:
             raise SessionNotFound
         return Renewal(*reply)
@@ -211,34 +306,30 @@ class SessionStore:
 
     def revoke(self, subject: str, id: str) -> None:
         """End a session. Raises SessionNotFound."""
-        if not self._scripts.run(REVOKE, [session_key(subject, id), index_key(subject)], [id]):
+        if self._scripts.run_durably(REVOKE, [_revocation(subject, id)]) == [0]:
             raise SessionNotFound
 
     def revoke_all(self, subject: str, *, except_id: str | None = None) -> int:
         """End the subject's sessions, but for one where `except_id` is given; returns how many were alive."""
         ids = [id for id in self._indexed(subject) if id != except_id]
-        return sum(
-            self._scripts.run_each(REVOKE, [([session_key(subject, id), index_key(subject)], [id]) for id in ids])
-        )
+        return sum(self._scripts.run_durably(REVOKE, [_revocation(subject, id) for id in ids]))
 
     def ping(self) -> None:
-        """Ask Redis whether it is there."""
+        """Ask Redis whether it is there, every primary of a cluster."""
         with unavailable():
-            self._redis.ping()
+            for client in self._servers.clients():
+                client.ping()
 
     def _indexed(self, subject: str) -> Sequence[str]:
-        with unavailable():
-            pipeline = self._redis.pipeline(transaction=False)
-            # Changes nothing, but is refused by a replica, which cannot know what has been opened or revoked.
-            pipeline.zrem(index_key(subject), "")
-            pipeline.zrange(index_key(subject), 0, -1)
-            return cast(Sequence[str], pipeline.execute()[1])
+        return self._scripts.run_each(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
 
-    def _forget(self, subject: str, dead: Sequence[str]) -> None:
-        """Tidy the index. What has died stays dead, so nothing can come between the reading and this."""
-        if dead:
-            with unavailable():
-                self._redis.zrem(index_key(subject), *dead)
+    def _batches(self, key: str) -> GroupCommit:
+        client = self._servers.client_for(key)
+        batches = self._heartbeats.get(client)
+        if batches is None:
+            send = functools.partial(self._scripts.try_each, HEARTBEAT)
+            batches = self._heartbeats.setdefault(client, GroupCommit(send))
+        return batches
 
 
 def owner(subject: str) -> str:
@@ -260,7 +351,15 @@ def unavailable() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
-        raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
+        raise StoreUnavailable(_described(error)) from error
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _revocation(subject: str, id: str) -> Call:
+    return [session_key(subject, id), index_key(subject)], [id]
 
 
 def _session(id: str, reply: Sequence[Any]) -> Session:

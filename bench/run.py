@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from app.config import Config  # noqa: E402
+from app.connection import Single  # noqa: E402
 from app.store import SessionStore, session_key  # noqa: E402
 from tests.servers import RedisServer, free_port, running, until  # noqa: E402
 
@@ -53,7 +54,8 @@ class Service:
             "--log-level",
             "warning",
         ]
-        self._process = stack.enter_context(running(command, cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}))
+        env["PYTHONPATH"] = str(ROOT)
+        self._process = stack.enter_context(running(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL))
         until(lambda: len(self._workers()) == WORKERS and self._answers())
 
     def drive(self, requests: Path, connections: int, seconds: float, body: Path | None = None) -> dict[str, float]:
@@ -188,8 +190,8 @@ class Bench:
 
     def _bytes_per_session(self) -> float:
         """What a thousand subjects with three sessions each take, indexes included."""
-        self.redis.client.flushall(asynchronous=True)
-        store = SessionStore(Config(redis_url=self.redis.url), self.redis.client)
+        self.redis.client.flushall()
+        store = SessionStore(Config(redis_url=self.redis.url), Single(self.redis.client))
         store.open("warm-up", login_method="token")
         before = self.redis.client.info("memory")["used_memory"]
         for i in range(3000):

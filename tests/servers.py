@@ -1,6 +1,7 @@
 """Servers that the tests start themselves, on loopback or on a socket in a temporary folder, and stop."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -88,6 +89,18 @@ class RedisServer:
         self.client.close()
 
 
+def log_lines(file: Path) -> list[dict]:
+    """What the service has written to its stdout, each line a JSON object; the last one may be on its way."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@contextlib.contextmanager
+def gunicorn_logged(environ: dict[str, str], file: Path, workers: int = 1) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The service with its stdout in a file; gives the process and the port."""
+    with file.open("wb") as stdout, gunicorn_process(environ, workers, stdout=stdout) as started:
+        yield started
+
+
 @contextlib.contextmanager
 def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
     """The service under its own gunicorn.conf.py, on a free port; gives its base address."""
@@ -96,12 +109,14 @@ def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def gunicorn_process(environ: dict[str, str], workers: int = 1) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The same; gives the process and the port."""
+def gunicorn_process(
+    environ: dict[str, str], workers: int = 1, **options: object
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The same; gives the process and the port. The options are Popen's."""
     port = free_port()
     env = {"PATH": os.environ["PATH"], "PORT": str(port), "WEB_CONCURRENCY": str(workers), **environ}
     command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--log-level", "warning"]
-    with running(command, cwd=ROOT, env=env) as process:
+    with running(command, cwd=ROOT, env=env, **options) as process:
 
         def listening() -> bool:
             assert process.poll() is None, "gunicorn did not start"

@@ -378,6 +378,8 @@ def readme_defaults() -> dict[str, str]:
 
 
 def code_default(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return "–" if value in (None, "", ()) else str(value)
 
 

@@ -19,7 +19,7 @@ import gevent
 import pytest
 
 from app.config import Config
-from app.connection import POOL_SIZE, connect
+from app.connection import POOL_SIZE, Single, connect
 from app.group_commit import Abandoned, GroupCommit
 from app.store import Renewal, SessionStore, StoreUnavailable
 from tests.servers import ROOT, RedisServer, until
@@ -364,8 +364,8 @@ def own_store(**settings: Any) -> Iterator[tuple[RedisServer, SessionStore]]:
     """A Redis of one's own, which keeps its data when killed, and a store on it."""
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), "--appendonly", "yes") as server:
         config = Config(redis_url=server.url, **settings)
-        client = connect(config)
-        yield server, SessionStore(config, client)
+        client = connect(config).clients()[0]
+        yield server, SessionStore(config, Single(client))
         client.connection_pool.disconnect()
 
 

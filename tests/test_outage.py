@@ -31,7 +31,7 @@ def server(folder: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def app(server: RedisServer) -> Iterator[Flask]:
     config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
-    client = connect(config)
+    client = connect(config).clients()[0]
     yield create_app(config, redis=client)
     client.connection_pool.disconnect()
 
@@ -196,7 +196,7 @@ def test_loading(folder: Path) -> None:
     """While Redis loads its data every endpoint fails; afterwards the sessions are there."""
     with RedisServer(folder, "--rdbcompression", "no") as server:
         config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
-        client = connect(config)
+        client = connect(config).clients()[0]
         alice = Caller(create_app(config, redis=client))
         id = alice.open()
         server.client.mset({f"filler:{i}": "x" * 3000 for i in range(1000)})

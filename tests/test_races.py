@@ -169,7 +169,7 @@ def full(config: Config, folder: Path) -> Iterator[tuple[RedisServer, Caller, li
     """A Redis without room for anything, a caller and the sessions it has there."""
     with RedisServer(folder, "--maxmemory", "3mb", "--maxmemory-policy", "noeviction") as server:
         settings = {"redis_url": server.url, "session_idle_seconds": 60, "session_absolute_seconds": 120}
-        client = connect(replace(config, **settings))
+        client = connect(replace(config, **settings)).clients()[0]
         caller = Caller(create_app(replace(config, **settings), redis=client))
         ids = [caller.open() for _ in range(3)]
         with pytest.raises(redis.OutOfMemoryError):

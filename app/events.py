@@ -1,0 +1,40 @@
+"""What happened to a session, for operators: one log line for each event that matters."""
+
+import hashlib
+import hmac
+import logging
+import re
+import uuid
+
+from flask import Response, after_this_request, current_app, g, request
+
+log = logging.getLogger("sessions")
+
+
+def emit(event: str, *, subject: str | None = None, session: str | None = None, **fields: object) -> None:
+    """Log an event of this request. Subjects and session ids appear only as keyed hashes, the same in every line.
+
+    The request's id goes into the line and, as `X-Request-Id`, into the answer.
+    """
+    known = {"subject": subject, "session": session}
+    hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
+    log.info(event, extra={"request_id": request_id(), **hashes, **fields})
+
+
+def pseudonym(value: str) -> str:
+    """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex."""
+    return hmac.digest(current_app.extensions["config"].log_key, value.encode(), hashlib.sha256).hex()[:16]
+
+
+def request_id() -> str:
+    """The caller's `X-Request-Id`, where it is one that can stand in a log, or one made here."""
+    if "request_id" not in g:
+        given = request.headers.get("X-Request-Id", "")
+        g.request_id = given if re.fullmatch(r"[\w.:+/=-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        after_this_request(_tell_request_id)
+    return g.request_id  # type: ignore[no-any-return]
+
+
+def _tell_request_id(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.request_id
+    return response

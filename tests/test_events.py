@@ -1,0 +1,304 @@
+"""The log: one JSON line for each event that matters, none for a heartbeat, and no secret in any of them."""
+
+import http.client
+import json
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis
+from flask import Flask
+
+from app.store import session_key
+from tests.conftest import SECRET, Caller, token
+from tests.servers import RedisServer, gunicorn_logged, log_lines, until
+
+MISSING = "A" * 32
+HASH = re.compile(r"[0-9a-f]{16}")
+
+
+@pytest.fixture
+def backend() -> str:
+    """What is logged does not depend on the store."""
+    return "fakeredis"
+
+
+class Log:
+    """The events of a test so far."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    def take(self) -> list[dict]:
+        """The lines since the last look, as dictionaries."""
+        taken = [vars(record) | {"event": record.getMessage()} for record in self._caplog.records]
+        self._caplog.clear()
+        return taken
+
+    def names(self) -> list[str]:
+        return [line["event"] for line in self.take()]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Log:
+    caplog.set_level(logging.INFO)
+    return Log(caplog)
+
+
+def test_life(alice: Caller, log: Log) -> None:
+    """A session's opening, its revocation and that of all are a line each, with the same hashes throughout."""
+    id = alice.open()
+    alice.revoke(id)
+    alice.open()
+    alice.post("/sessions/revoke-all")
+    opened, revoked, other, all_revoked = log.take()
+    assert [line["event"] for line in (opened, revoked, other, all_revoked)] == [
+        "session_opened",
+        "session_revoked",
+        "session_opened",
+        "sessions_revoked",
+    ]
+    assert opened["session"] == revoked["session"] != other["session"]
+    assert opened["subject"] == revoked["subject"] == all_revoked["subject"]
+    assert HASH.fullmatch(opened["session"]) and HASH.fullmatch(opened["subject"])
+    assert all_revoked["number"] == 1
+
+
+def test_subjects_differ(alice: Caller, bob: Caller, log: Log) -> None:
+    """Two subjects have two hashes."""
+    alice.open(), bob.open()
+    assert len({line["subject"] for line in log.take()}) == 2
+
+
+def test_another_secret_other_hashes(make_app: Callable[..., Flask], log: Log) -> None:
+    """The hashes are keyed: who does not know the secrets cannot make them out."""
+    secret = "another-secret-of-more-than-thirty-two-bytes"
+    Caller(make_app()).open()
+    Caller(make_app(jwt_secret=(secret,)), secret=secret).open()
+    first, second = log.take()
+    assert first["subject"] != second["subject"]
+
+
+def test_successes_that_log_nothing(alice: Caller, log: Log) -> None:
+    """Heartbeats, reads and lists that succeed leave no line."""
+    id = alice.open()
+    log.take()
+    answers = [alice.heartbeat(id), alice.read(id), alice.get("/sessions"), alice.get("/healthz"), alice.get("/readyz")]
+    answers.append(alice.post("/sessions/heartbeat", json={"ids": [id]}))
+    assert [each.status_code for each in answers] == [200] * 6
+    assert log.take() == []
+
+
+@pytest.mark.parametrize(
+    "method, path, endpoint",
+    [
+        ("POST", "/sessions/{id}/heartbeat", "sessions.heartbeat"),
+        ("POST", "/sessions/{id}/revoke", "sessions.revoke"),
+        ("GET", "/sessions/{id}", "sessions.get_session"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["nobody's", "bob's"])
+def test_session_not_found(alice: Caller, bob: Caller, log: Log, method: str, path: str, endpoint: str, whose: str):
+    """A session that is missing, or another subject's, is a line that says who asked for what."""
+    id = bob.open() if whose == "bob's" else MISSING
+    alice.open()
+    mine = log.take()[-1]["subject"]
+    assert alice.raw(method, path.format(id=id)).status_code == 404
+    [line] = log.take()
+    assert (line["event"], line["endpoint"], line["subject"]) == ("session_not_found", endpoint, mine)
+    assert HASH.fullmatch(line["session"])
+
+
+def test_limit(make_app: Callable[..., Flask], log: Log) -> None:
+    """A session refused at the limit is a line with its subject."""
+    alice = Caller(make_app(session_limit=1))
+    alice.open()
+    assert alice.post("/sessions").status_code == 429
+    opened, refused = log.take()
+    assert (refused["event"], refused["subject"]) == ("limit_reached", opened["subject"])
+
+
+@pytest.mark.parametrize(
+    "authorization, reason",
+    [
+        (None, "There is none"),
+        ("Basic YTpi", "There is none"),
+        ("Bearer a.b", "The token is malformed"),
+        (f"Bearer {token(exp=1)}", "The token has expired"),
+        (f"Bearer {token(secret='x' * 32)}", "The token is not signed with a known key"),
+        (f"Bearer {token(exp=None)}", "The token is not valid here"),
+        (f"Bearer {token('')}", "The subject is not valid"),
+    ],
+)
+def test_token_refused(app: Flask, log: Log, authorization: str | None, reason: str) -> None:
+    """A refused token is a line with the reason, and nothing of the token."""
+    headers = {"Authorization": authorization} if authorization else {}
+    answer = app.test_client().get("/sessions", headers=headers)
+    [line] = log.take()
+    assert (answer.status_code, line["event"], line["reason"]) == (401, "token_refused", reason)
+    assert line["request_id"] == answer.headers["X-Request-Id"]
+    assert authorization is None or authorization.split()[1] not in str(line)
+
+
+def test_outage(alice: Caller, database: redis.Redis, log: Log) -> None:
+    """An outage is one line when it begins and one when it is over, however many requests meet it."""
+    id = alice.open()
+    log.take()
+    server = database.connection_pool.connection_kwargs["server"]
+    for _ in range(2):
+        server.connected = False
+        assert [alice.heartbeat(id).status_code for _ in range(5)] == [500] * 5
+        [line] = log.take()
+        assert (line["event"], line["levelname"], line["script"]) == ("redis_unavailable", "ERROR", "heartbeat")
+        server.connected = True
+        assert [alice.heartbeat(id).status_code for _ in range(5)] == [200] * 5
+        assert log.names() == ["redis_available"]
+
+
+REQUEST_IDS = ["0af7651916cd43dd8448eb211c80319c", "a", "x" * 128, "A.b:c+d/e=f-g_h"]
+FORGED = [
+    "",
+    "two words",
+    'quo"te',
+    "{}",
+    "a,b",
+    "x" * 129,
+    "x" * 8000,
+    "x" * 10_000,
+    "caf\xe9",
+    "\u0661",
+    "a\tb",
+    "%0A",
+]
+
+
+@pytest.mark.parametrize("given", REQUEST_IDS)
+def test_request_id(app: Flask, log: Log, given: str) -> None:
+    """The caller's X-Request-Id stands in the line and in the answer."""
+    answer = app.test_client().get("/sessions", headers={"X-Request-Id": given})
+    assert [line["request_id"] for line in log.take()] == [answer.headers["X-Request-Id"]] == [given]
+
+
+@pytest.mark.parametrize("given", FORGED, ids=ascii)
+def test_forged_request_id(app: Flask, log: Log, given: str) -> None:
+    """An X-Request-Id that could be anything but an id is replaced by one made here."""
+    environ = {"HTTP_X_REQUEST_ID": given.encode().decode("latin-1")}
+    answer = app.test_client().get("/sessions", environ_overrides=environ)
+    [line] = log.take()
+    assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
+    assert line["request_id"] == answer.headers["X-Request-Id"]
+
+
+def test_request_ids_differ(app: Flask, log: Log) -> None:
+    """Every request without an id gets one of its own."""
+    for _ in range(3):
+        app.test_client().get("/sessions")
+    assert len({line["request_id"] for line in log.take()}) == 3
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """Send bytes; gives all that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), 10) as s:
+        s.sendall(request)
+        received = b""
+        while data := s.recv(65536):
+            received += data
+    return received
+
+
+@pytest.fixture(scope="module")
+def served(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """The service in one process: its port and its log."""
+    file = tmp_path_factory.mktemp("log") / "log"
+    with gunicorn_logged({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}, file) as (_, port):
+        yield port, file
+
+
+@pytest.mark.parametrize("break_", [b"\r", b"\n", b"\r\n", b"\r\n ", b"\x00", b"\x0b", b"\x85"])
+def test_no_line_can_be_forged(served: tuple[int, Path], break_: bytes) -> None:
+    """Whatever an X-Request-Id holds, a line of the caller's own making never stands in the log."""
+    port, file = served
+    head = b"GET /sessions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a"
+    answer = exchange(port, head + break_ + b'{"event": "forged"}\r\n\r\n')
+    assert re.match(rb"HTTP/1\.1 40[01] ", answer)
+    assert b"forged" not in answer.partition(b"\r\n\r\n")[0]
+    assert "forged" not in [line["event"] for line in log_lines(file)]
+
+
+PATH = f"/sessions/{'S' * 32}/heartbeat"
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization Bearer {token()}\r\n\r\n", 400),
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\0\r\n\r\n", 400),
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nBearer: {token()} : : \r\n {token()}\r\n\r\n", 400),
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nExpect: {token()}\r\n\r\n", 417),
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: {token()}\r\n\r\n", 501),
+        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-Long: {token()}{'x' * 9000}\r\n\r\n", 431),
+        (f"POST http://[{PATH}?access_token={token()} HTTP/1.1\r\n\r\n", 400),
+        (f"POST {PATH}?access_token={token()} HTTP/{token()}\r\n\r\n", 400),
+        (f"{token()} {PATH} HTTP/1.1\r\n\r\n", 400),
+        (f"{token()}: : {PATH}\r\n\r\n", 400),
+        (f"POST {PATH} HTTP/1.1\nAuthorization: Bearer {token()}\n\n\r\n\r\n", 400),
+        (f"POST /{'x' * 5000}?access_token={token()} HTTP/1.1\r\n\r\n", 414),
+    ],
+    ids=range(12),
+)
+def test_unparsable_request(served: tuple[int, Path], request_: str, status: int) -> None:
+    """A request that the app never sees is refused in the contract's shape, and repeated nowhere, not in the log."""
+    port, file = served
+    before = len(log_lines(file))
+    head, _, body = exchange(port, request_.encode()).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()) and b"Content-Type: application/json" in head
+    assert list(json.loads(body)) == ["success", "error"] and not json.loads(body)["success"]
+    until(lambda: len(log_lines(file)) > before)
+    assert log_lines(file)[-1]["event"].startswith("Invalid request from ip=127.0.0.1: ")
+    for secret in ("eyJ", token().split(".")[1], "S" * 32):
+        assert secret.encode() not in head + body and secret not in file.read_text()
+
+
+def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Every line is a JSON object with a UTC time, and none holds a subject, a session's id, a token or a secret."""
+    subject, file = "somebody@example.org", tmp_path / "log"
+    secrets = {SECRET, subject, redis_server.url, "somebody%40example.org"}
+    good, expired, foreign = token(subject), token(subject, exp=1), token(subject, secret="y" * 40)
+    secrets.update(each for jwt in (good, expired, foreign) for each in (jwt, *jwt.split(".")))
+
+    def ask(method: str, path: str, bearer: str = good) -> dict:
+        # A connection for each request, so that both workers get some.
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request(method, path, headers={"Authorization": f"Bearer {bearer}"})
+            return json.loads(connection.getresponse().read())
+
+    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "SESSION_LIMIT": "30"}
+    with gunicorn_logged(environ, file, workers=2) as (_, port):
+        for bearer in (expired, foreign, "x.y"):
+            ask("GET", "/sessions", bearer)
+        ids = [ask("POST", "/sessions")["session"]["id"] for _ in range(30)]
+        assert ask("POST", "/sessions") == {"success": False, "error": "Too many sessions"}
+        secrets.update(ids, (session_key(subject, id) for id in ids))
+        for act in ("heartbeat", "revoke", "revoke", "heartbeat"):
+            ask("POST", f"/sessions/{ids[0]}/{act}")
+        for path in (f"/sessions/{MISSING}/heartbeat", f"/sessions/{MISSING}/revoke", "/sessions/revoke-all"):
+            ask("POST", path)
+        until(lambda: "sessions_revoked" in file.read_text())
+    lines = log_lines(file)
+    assert {line["event"] for line in lines} >= {
+        "session_opened",
+        "session_not_found",
+        "sessions_revoked",
+        "limit_reached",
+        "token_refused",
+    }
+    for line in lines:
+        assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0), line
+    written = file.read_text()
+    assert [secret for secret in secrets | {MISSING} if secret in written] == []
+    assert len({line["subject"] for line in lines if "subject" in line}) == 1

@@ -1,0 +1,155 @@
+"""Redis over TLS: certificates are verified, against an authority that can be pinned, unless that is switched off."""
+
+import datetime
+import http.client
+import ipaddress
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from app import create_app
+from app.config import Config
+from tests.conftest import SECRET, Caller, token
+from tests.servers import RedisServer, free_port, gunicorn_logged, log_lines
+
+NAMES = {"loopback": x509.IPAddress(ipaddress.ip_address("127.0.0.1")), "elsewhere": x509.DNSName("elsewhere.test")}
+
+
+class Authority:
+    """A certificate authority of a test's own."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        # Of two authorities with one name OpenSSL would try but the first.
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Authority {next(self._numbers)}")])
+        self.certificate = self._certify(self._name, self._key, x509.BasicConstraints(ca=True, path_length=None))
+        self.pem = self.certificate.public_bytes(Encoding.PEM).decode()
+
+    def issue(self, folder: Path, name: x509.GeneralName) -> tuple[Path, Path]:
+        """Certify a new key for a server; gives the files of the certificate and of the key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
+        certificate = self._certify(subject, key, x509.SubjectAlternativeName([name]))
+        files = folder / "redis.crt", folder / "redis.key"
+        files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+        files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        return files
+
+    def _certify(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, extension: x509.ExtensionType
+    ) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(hours=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(hours=1))
+        return builder.add_extension(extension, critical=True).sign(self._key, SHA256())
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(scope="module")
+def urls(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Two servers at 127.0.0.1 behind TLS alone, one with a certificate for that and one with another's."""
+    found = {}
+    servers = []
+    for place, name in NAMES.items():
+        folder, port = tmp_path_factory.mktemp("t"), free_port()
+        certificate, key = authority.issue(folder, name)
+        (folder / "ca.crt").write_text(authority.pem)
+        options = ["--tls-port", port, "--tls-cert-file", certificate, "--tls-key-file", key]
+        options += ["--tls-ca-cert-file", folder / "ca.crt", "--tls-auth-clients", "no"]
+        servers.append(RedisServer(folder, *map(str, options)))
+        servers[-1].__enter__()
+        found[place] = f"rediss://127.0.0.1:{port}/0"
+    yield found
+    for server in servers:
+        server.__exit__()
+
+
+@contextmanager
+def caller(url: str, **more: str) -> Iterator[Caller]:
+    """Somebody who speaks to an app with this environment."""
+    app = create_app(Config.from_env({"REDIS_URL": url, "JWT_SECRET": SECRET, **more}))
+    yield Caller(app)
+    app.extensions["servers"].clients()[0].connection_pool.disconnect()
+
+
+WAYS: dict[str, Callable[[str, Path], str]] = {
+    "a file": lambda pem, file: str(file),
+    "the PEM": lambda pem, file: pem,
+    "the PEM on one line": lambda pem, file: pem.replace("\n", "\\n"),
+    "two authorities": lambda pem, file: Authority().pem + pem,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pinned(authority: Authority, urls: dict[str, str], tmp_path: Path, way: str) -> None:
+    """A self-signed authority can be pinned, by a file or by the certificate itself."""
+    (tmp_path / "ca.crt").write_text(authority.pem)
+    with caller(urls["loopback"], REDIS_CA_CERTS=WAYS[way](authority.pem, tmp_path / "ca.crt")) as alice:
+        assert alice.heartbeat(alice.open()).status_code == 200
+        assert alice.get("/readyz").status_code == 200
+
+
+def test_unknown_authority(urls: dict[str, str]) -> None:
+    """Certificates are verified unless it is switched off: one of an unknown authority is a 500."""
+    with caller(urls["loopback"]) as alice:
+        refused = alice.post("/sessions")
+        assert (refused.status_code, refused.json["error"]) == (500, "Failed to open session")
+        assert alice.get("/readyz").status_code == 503
+
+
+def test_another_authority(urls: dict[str, str]) -> None:
+    """Pinning one authority does not make another one trusted."""
+    with caller(urls["loopback"], REDIS_CA_CERTS=Authority().pem) as alice:
+        assert alice.post("/sessions").status_code == 500
+
+
+def test_another_name(authority: Authority, urls: dict[str, str]) -> None:
+    """A certificate for another host is refused although its authority is trusted."""
+    with caller(urls["elsewhere"], REDIS_CA_CERTS=authority.pem) as alice:
+        assert alice.post("/sessions").status_code == 500
+
+
+@pytest.mark.parametrize("place", NAMES)
+def test_not_verified(urls: dict[str, str], caplog: pytest.LogCaptureFixture, place: str) -> None:
+    """With REDIS_TLS_VERIFY=off any certificate will do, and a warning says so."""
+    with caplog.at_level(logging.WARNING), caller(urls[place], REDIS_TLS_VERIFY="off") as alice:
+        assert alice.post("/sessions").status_code == 201
+    assert [record.message for record in caplog.records] == ["redis_tls_not_verified"]
+
+
+def test_verified_is_not_worth_a_line(
+    authority: Authority, urls: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is logged about TLS where certificates are verified."""
+    with caplog.at_level(logging.WARNING), caller(urls["loopback"], REDIS_CA_CERTS=authority.pem) as alice:
+        assert alice.post("/sessions").status_code == 201
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("verify", ["on", "off"])
+def test_served(authority: Authority, urls: dict[str, str], tmp_path: Path, verify: str) -> None:
+    """Gunicorn's workers speak TLS too, and their log says where certificates are not verified."""
+    trust = {"REDIS_TLS_VERIFY": "off"} if verify == "off" else {"REDIS_CA_CERTS": authority.pem.replace("\n", "\\n")}
+    environ = {"REDIS_TLS_URL": urls["loopback"], "JWT_SECRET": SECRET, **trust}
+    with gunicorn_logged(environ, tmp_path / "log") as (_, port):
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("POST", "/sessions", headers={"Authorization": f"Bearer {token()}"})
+            assert connection.getresponse().status == 201
+    warned = "redis_tls_not_verified" in [line["event"] for line in log_lines(tmp_path / "log")]
+    assert warned == (verify == "off")
