@@ -43,7 +43,7 @@ faults: .venv/dev
 check: .venv/dev
 	$(BIN)/black --quiet --check .
 	$(BIN)/isort --quiet --check .
-	$(BIN)/flake8 app bench faults tests *.py
+	$(BIN)/flake8 app bench examples faults tests *.py
 	$(BIN)/mypy
 
 bench: .venv/dev

@@ -3,8 +3,10 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 
 from gunicorn import util
 from gunicorn.glogging import Logger
@@ -27,6 +29,10 @@ graceful_timeout = 10
 
 # A socket in the home folder through which the server could be steered.
 control_socket_disable = True
+
+# Where the workers' counters are added up. Prometheus takes a restart for what it is.
+if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
 # Logs are a stream on stdout (https://12factor.net/logs), a JSON object a line, UTC.
 logconfig_dict = {
@@ -80,3 +86,8 @@ def on_starting(server):
         server.log.warning(line)
     if looked.returncode:
         sys.exit(1)
+
+
+def on_exit(server):
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

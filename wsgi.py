@@ -17,6 +17,6 @@ except ConfigError as error:
     sys.exit(str(error))
 
 if __name__ == "__main__":
-    findings = list(inspect(app.extensions["servers"]))
-    print(*(finding.text for finding in findings), sep="\n", end="")
-    sys.exit(any(finding.fatal for finding in findings))
+    troubles = [finding for finding in inspect(app.extensions["servers"]) if finding.level != "ok"]
+    print(*(trouble.text for trouble in troubles), sep="\n", end="")
+    sys.exit(any(trouble.level == "failure" for trouble in troubles))

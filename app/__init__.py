@@ -1,19 +1,23 @@
 """The application factory."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis as redis_py
-from flask import Flask, Request
+from flask import Flask, Request, Response
+from flask.globals import request_ctx
 from flask.sessions import SessionInterface
+from flask_cors import CORS
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import MapAdapter
 
-from app import cli, errors, health, sessions
+from app import cli, docs, errors, health, metrics, openapi, sessions
 from app.auth import TokenVerifier
 from app.config import Config
 from app.connection import Single, connect
 from app.keys import load_keys
+from app.metrics import Metrics
 from app.schemas import LARGEST_BODY, Answer, ContractJSON
 from app.store import SessionStore
 
@@ -31,6 +35,14 @@ class Service(Flask):
     json_provider_class = ContractJSON
     response_class = Answer
     session_interface = NoCookies()
+
+    def full_dispatch_request(self) -> Response:
+        """Answers a request and counts it."""
+        began = time.perf_counter()
+        response = super().full_dispatch_request()
+        seconds = time.perf_counter() - began
+        self.extensions["metrics"].request(request_ctx.request, response.status_code, seconds)
+        return response
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """No function of ours is a coroutine."""
@@ -50,20 +62,44 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app = Service(__name__, static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=LARGEST_BODY + 1,  # schemas.read_body says why the one
-        PROVIDE_AUTOMATIC_OPTIONS=False,  # a 405 with Allow, in JSON like the rest
+        # Without CORS an OPTIONS is a 405 with Allow, in JSON like the rest.
+        PROVIDE_AUTOMATIC_OPTIONS=bool(config.cors_origins),
     )
     app.url_map.merge_slashes = False  # no redirect on any path
     app.extensions["config"] = config
     servers = Single(redis) if redis is not None else connect(config)
+    keys = load_keys(config)
+    app.extensions["metrics"] = Metrics()
     app.extensions["servers"] = servers
-    app.extensions["session_store"] = SessionStore(config, servers)
-    app.extensions["token_verifier"] = TokenVerifier(config, load_keys(config))
+    app.extensions["session_store"] = SessionStore(config, servers, app.extensions["metrics"].round_trip)
+    app.extensions["keys"] = keys
+    app.extensions["token_verifier"] = TokenVerifier(config, keys)
     app.register_blueprint(sessions.bp)
     app.register_blueprint(health.bp)
-    app.cli.add_command(cli.token)
+    for blueprint in (metrics.bp, openapi.bp, docs.bp):
+        app.register_blueprint(blueprint)
+    app.extensions["openapi"] = openapi.document(app)
+    for command in (cli.token, cli.sessions, cli.doctor, cli.pseudonym):
+        app.cli.add_command(command)
     errors.register(app)
+    if config.cors_origins:
+        _let_browsers_in(app, config.cors_origins)
     if config.trusted_proxies:
         app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
             app.wsgi_app, x_for=config.trusted_proxies, x_proto=0, x_host=0, x_port=0, x_prefix=0
         )
     return app
+
+
+def _let_browsers_in(app: Flask, origins: Sequence[str]) -> None:
+    """Answer the preflights of pages of these origins, and let their scripts read what devices read."""
+    CORS(
+        app,
+        resources=r"/sessions.*",
+        origins=list(origins),
+        methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        expose_headers=["Location", "Retry-After", "Session-Expires-In", "WWW-Authenticate", "X-Request-Id"],
+        max_age=600,
+        always_send=False,
+    )

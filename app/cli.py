@@ -1,13 +1,19 @@
 """Commands for operators and developers, under `flask --app wsgi`."""
 
 import time
+from collections.abc import Iterator
 
 import click
 import jwt
 from flask import current_app
 from flask.cli import with_appcontext
 
+from app import events
 from app.config import Config
+from app.health import Finding, inspect
+from app.keys import KeysUnavailable
+from app.schemas import rfc3339
+from app.store import SessionNotFound, SessionStore, StoreUnavailable
 
 
 @click.command()
@@ -23,3 +29,75 @@ def token(subject: str, seconds: int) -> None:
     optional = {"iss": config.jwt_issuer, "aud": config.jwt_audience}
     claims.update({name: value for name, value in optional.items() if value})
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
+
+
+@click.group()
+def sessions() -> None:
+    """See and end the sessions of a subject."""
+
+
+@sessions.command("list")
+@click.argument("subject")
+@with_appcontext
+def list_sessions(subject: str) -> None:
+    """Print SUBJECT's live sessions, the most recently active first."""
+    for session in _store().list(subject):
+        described = [session.login_method, session.device_name, session.ip_address, session.location]
+        times = f"active {rfc3339(session.last_activity_ms)}  expires {rfc3339(session.expires_at_ms)}"
+        click.echo(f"{session.id}  {times}  {', '.join(filter(None, described))}")
+
+
+@sessions.command()
+@click.argument("subject")
+@click.option("--id", help="Only this session.")
+@with_appcontext
+def revoke(subject: str, id: str | None) -> None:
+    """End SUBJECT's sessions, or one of them."""
+    if id is None:
+        click.echo(f"{_store().revoke_all(subject)} revoked")
+        return
+    try:
+        _store().revoke(subject, id)
+    except SessionNotFound:
+        raise click.ClickException("there is no such session") from None
+    click.echo("1 revoked")
+
+
+@click.command()
+@click.argument("value")
+@with_appcontext
+def pseudonym(value: str) -> None:
+    """Print what stands in the logs for VALUE, a subject or a session id."""
+    click.echo(events.pseudonym(value))
+
+
+@click.command()
+@with_appcontext
+def doctor() -> None:
+    """Look at all that has to be right before devices come: a line each; exit code 1 where something is not."""
+    failed = False
+    for finding in _examine():
+        click.echo(f"{finding.level:8} {finding.text}")
+        failed |= finding.level == "failure"
+    raise SystemExit(failed)
+
+
+def _examine() -> Iterator[Finding]:
+    yield Finding("ok", "The configuration is complete")
+    yield from inspect(current_app.extensions["servers"])
+    try:
+        number = len(current_app.extensions["keys"].candidates(None))
+        yield Finding("ok", f"{number} signing key{'s' * (number > 1)} loaded")
+    except KeysUnavailable:
+        yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
+    try:
+        id = _store().open("doctor", login_method="doctor", idle_timeout=60).id
+        _store().heartbeat("doctor", id)
+        _store().revoke("doctor", id)
+        yield Finding("ok", "A session was opened, kept alive and revoked")
+    except StoreUnavailable as error:
+        yield Finding("failure", f"A session could not be opened, kept alive and revoked: {error}")
+
+
+def _store() -> SessionStore:
+    return current_app.extensions["session_store"]  # type: ignore[no-any-return]

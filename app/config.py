@@ -140,6 +140,21 @@ def parse_jwks_url(text: str) -> str:
     return text
 
 
+def parse_origins(text: str) -> tuple[str, ...]:
+    """A parser for origins (RFC 6454 §6.2): scheme, host and port, and nothing behind them."""
+    origins = tuple(text.replace(",", " ").split())
+    if not all(re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]+)?", origin) for origin in origins):
+        raise ValueError("must be origins such as https://app.example.com, separated by spaces")
+    return origins
+
+
+def parse_metrics_token(text: str) -> str:
+    """A parser for the token of /metrics, or the word off."""
+    if text != "off" and not re.fullmatch(r"[\w.~+/=-]{16,}", text, re.ASCII):
+        raise ValueError("must be 16 or more letters, digits and -._~+/=, or off")
+    return text
+
+
 def algorithms_of(pem: str) -> tuple[str, ...]:
     """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify.
 
@@ -183,6 +198,8 @@ class Config:
     session_absolute_seconds: int = setting(whole(1, LONGEST_SECONDS), 2592000)
     session_limit: int = setting(whole(1, 10000), 100)
     trusted_proxies: int = setting(whole(0, 16), 0)
+    cors_origins: tuple[str, ...] = setting(parse_origins, ())
+    metrics_token: str | None = setting(parse_metrics_token, secret=True)
     web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
 
     @classmethod

@@ -4,7 +4,7 @@ import logging
 import random
 from typing import Any
 
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, current_app, g, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
@@ -35,6 +35,7 @@ SENTENCES = {
     429: "Too many sessions",
     503: "Signing keys not available",
 }
+TOKEN_MISSING, TOKEN_INVALID = "Missing bearer token", "Invalid or expired token"
 BEARER = 'Bearer realm="sessions"'
 
 
@@ -63,11 +64,11 @@ def retry_after(seconds: int) -> dict[str, str]:
     return {"Retry-After": str(random.randint(seconds, 2 * seconds))}
 
 
-def not_found() -> str:
-    """The sentence for this path. An id that could be none and one of another subject must read the same."""
-    if not request.path.startswith("/sessions/"):
+def not_found(path: str) -> str:
+    """The sentence for a path. An id that could be none and one of another subject must read the same."""
+    if not path.startswith("/sessions/"):
         return "Not found"
-    return "Session not found or expired" if request.path.endswith("/heartbeat") else "Session not found"
+    return "Session not found or expired" if path.endswith("/heartbeat") else "Session not found"
 
 
 def failed() -> Response:
@@ -80,24 +81,29 @@ def http_error(e: HTTPException) -> Response:
     status = e.code or 500
     headers = {k: v for k, v in e.get_headers() if k != "Content-Type"}
     if status == 404:
-        return error(404, not_found(), headers)
+        return error(404, not_found(request.path), headers)
     return error(status, SENTENCES.get(status, e.name), headers)
 
 
 def token_missing(e: TokenMissing) -> Response:
-    emit("token_refused", reason="There is none")
-    return error(401, "Missing bearer token", {"WWW-Authenticate": BEARER})
+    refused("There is none")
+    return error(401, TOKEN_MISSING, {"WWW-Authenticate": BEARER})
 
 
 def token_invalid(e: TokenInvalid) -> Response:
-    emit("token_refused", reason=str(e))
+    refused(str(e))
     challenge = f'{BEARER}, error="invalid_token", error_description="{e}"'
-    return error(401, "Invalid or expired token", {"WWW-Authenticate": challenge})
+    return error(401, TOKEN_INVALID, {"WWW-Authenticate": challenge})
+
+
+def refused(reason: str) -> None:
+    current_app.extensions["metrics"].refused.labels(reason).inc()
+    emit("token_refused", reason=reason)
 
 
 def session_not_found(e: SessionNotFound) -> Response:
     emit("session_not_found", subject=g.subject, session=(request.view_args or {})["id"], endpoint=request.endpoint)
-    return error(404, not_found())
+    return error(404, not_found(request.path))
 
 
 def too_many_sessions(e: TooManySessions) -> Response:

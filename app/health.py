@@ -1,5 +1,6 @@
 """Liveness, which asks nobody, readiness, which asks Redis, and what about a Redis would lose sessions."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,13 +15,21 @@ bp = Blueprint("health", __name__)
 
 @bp.get("/healthz")
 def liveness() -> dict[str, str]:
-    """Whether this process answers."""
+    """Whether this process answers.
+    ---
+    responses: {200: {example: {status: ok}}}
+    """
     return {"status": "ok"}
 
 
 @bp.get("/readyz")
 def readiness() -> Response | tuple[Response, int]:
-    """Whether this process can serve sessions: Redis answers, within the configured timeout."""
+    """Whether this process can serve sessions: Redis answers, within the configured timeout.
+    ---
+    responses:
+      200: {example: {status: ok}}
+      503: {description: Not now, example: {status: unavailable, success: false, error: Redis does not answer}}
+    """
     try:
         current_app.extensions["session_store"].ping()
     except StoreUnavailable:
@@ -29,33 +38,62 @@ def readiness() -> Response | tuple[Response, int]:
 
 
 class Finding(NamedTuple):
-    """What an operator should know about a Redis; a fatal one keeps the service from starting."""
+    """What an operator should know: `ok`, `warning`, or `failure`, which keeps the service from starting."""
 
+    level: str
     text: str
-    fatal: bool = False
 
 
 def inspect(servers: Servers) -> Iterator[Finding]:
     """Ask every primary whether it is there and whether it would lose sessions, within the configured timeouts."""
     try:
         for client in servers.clients():
-            client.ping()
-            yield from _inspect(client)
+            yield _latency(client)
+            info = _allowed(client.info)
+            yield from _version(info)
+            yield from _clock(info)
+            yield from _eviction(info)
+            yield from _durability(info, _allowed(lambda: client.config_get("save")))
     except (redis.RedisError, OSError) as error:
-        yield Finding(f"Redis does not answer: {type(error).__name__}: {error}")
+        yield Finding("warning", f"Redis does not answer: {type(error).__name__}: {error}")
 
 
-def _inspect(client: redis.Redis) -> Iterator[Finding]:
-    info = _allowed(client.info)
-    version = str(info.get("redis_version", "7.0"))
-    if int(version.partition(".")[0]) < 7:
-        yield Finding(f"Redis {version} is too old: 7.0 or later is needed", fatal=True)
+def _latency(client: redis.Redis) -> Finding:
+    client.ping()  # opens the connection
+    seconds = sorted(_timed(client.ping) for _ in range(9))
+    return Finding("ok", f"Redis answers in {seconds[4] * 1000:.2f} ms")
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _clock(info: dict[str, Any]) -> Iterator[Finding]:
+    if "server_time_usec" in info:
+        skew = info["server_time_usec"] / 1e6 - time.time()
+        # Expiries go by Redis's clock, tokens by ours.
+        yield Finding("warning" if abs(skew) > 5 else "ok", f"Redis's clock is {skew:+.1f} s off this one")
+
+
+def _version(info: dict[str, Any]) -> Iterator[Finding]:
+    version = str(info.get("redis_version", ""))
+    if version:
+        old = int(version.partition(".")[0]) < 7
+        yield Finding("failure" if old else "ok", f"Redis {version}" + " is too old: 7.0 or later is needed" * old)
+
+
+def _eviction(info: dict[str, Any]) -> Iterator[Finding]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        yield Finding(f"Redis may evict live sessions: maxmemory-policy is {policy}, not noeviction")
-    saves = _allowed(lambda: client.config_get("save")).get("save", "unknown")
+        yield Finding("warning", f"Redis may evict live sessions: maxmemory-policy is {policy}, not noeviction")
+
+
+def _durability(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]:
+    saves = config.get("save", "unknown")
     if not (info.get("aof_enabled", 1) or saves or info.get("connected_slaves")):
-        yield Finding("Redis has neither persistence nor a replica: a restart ends all sessions")
+        yield Finding("warning", "Redis has neither persistence nor a replica: a restart ends all sessions")
 
 
 def _allowed(ask: Callable[[], Any]) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class Keys(Protocol):
     """The keys that a token may be signed with."""
 
     @property
+    def fetched_at(self) -> float:
+        """When the keys were last fetched, in seconds since the epoch; 0 where they come with the configuration."""
+
+    @property
     def generation(self) -> int:
         """Grows whenever the keys change; what was verified under an older one is to be forgotten."""
 
@@ -40,6 +44,7 @@ class FixedKeys:
     """Keys that come with the configuration and stay until the next start."""
 
     generation = 0
+    fetched_at = 0.0
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = keys
@@ -63,6 +68,7 @@ class JwksKeys:
 
     def __init__(self, url: str) -> None:
         self.generation = 0
+        self.fetched_at = 0.0
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
         self._key_set: dict[str, Any] = {}
         self._keys: dict[str, jwt.PyJWK] = {}
@@ -114,6 +120,7 @@ class JwksKeys:
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
             return
+        self.fetched_at = time.time()
         if not found:
             log.warning("key_set_not_refreshed", extra={"reason": "it has no signing key"})
         elif key_set != self._key_set:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import gevent
 from flask import Response, request
 from flask.json.provider import DefaultJSONProvider
-from marshmallow import Schema, ValidationError, fields, post_dump, validate, validates
+from marshmallow import Schema, ValidationError, fields, post_dump, validate
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
 
 LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
@@ -71,14 +71,14 @@ def _all_characters(text: str) -> None:
 class SessionSchema(Schema):
     """A session as callers see it; what is not known is left out."""
 
-    id = fields.String()
-    device_name = fields.String(data_key="deviceName")
-    ip_address = fields.String(data_key="ipAddress")
-    location = fields.String()
-    started_at_ms = Instant(data_key="startedAt")
-    last_activity_ms = Instant(data_key="lastActivity")
-    expires_at_ms = Instant(data_key="expiresAt")
-    login_method = fields.String(data_key="loginMethod")
+    id = fields.String(required=True, metadata={"example": "Vw0uGbNGhl2Rq3XzJt4n8sYkPfD5aCeM"})
+    device_name = fields.String(data_key="deviceName", metadata={"example": "Tablet"})
+    ip_address = fields.String(data_key="ipAddress", metadata={"example": "192.0.2.7"})
+    location = fields.String(metadata={"example": "Oslo"})
+    started_at_ms = Instant(data_key="startedAt", required=True, metadata={"example": "2019-08-24T13:40:22.000Z"})
+    last_activity_ms = Instant(data_key="lastActivity", required=True, metadata={"example": "2019-08-24T13:45:22.000Z"})
+    expires_at_ms = Instant(data_key="expiresAt", required=True, metadata={"example": "2019-08-24T14:15:22.000Z"})
+    login_method = fields.String(data_key="loginMethod", required=True, metadata={"example": "token"})
 
     @post_dump
     def leave_out_unknown(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -95,11 +95,8 @@ class OpenSchema(Schema):
 
     def __init__(self, idle_max: int) -> None:
         super().__init__()
-        self._idle_max = idle_max
-
-    @validates("idle_timeout")
-    def within_idle_max(self, value: int, **kwargs: Any) -> None:
-        validate.Range(1, self._idle_max)(value)
+        # A new list, since the old one is shared by all instances.
+        self.fields["idle_timeout"].validators = [validate.Range(1, idle_max)]
 
 
 class Ids(fields.Field[list[str]]):
@@ -114,13 +111,19 @@ class Ids(fields.Field[list[str]]):
 class HeartbeatManySchema(Schema):
     """Which sessions to keep alive. An id that could be none is no error: it is answered like a missing session."""
 
-    ids = Ids(required=True)
+    ids = Ids(
+        required=True, metadata={"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_IDS}
+    )
 
 
 class RevokeAllSchema(Schema):
     """Which session to spare, if any."""
 
-    except_id = fields.String(data_key="exceptSessionId", validate=validate.Regexp(SESSION_ID + r"\Z"))
+    except_id = fields.String(
+        data_key="exceptSessionId",
+        validate=validate.Regexp(SESSION_ID + r"\Z"),
+        metadata={"pattern": f"^{SESSION_ID}$"},  # JSON Schema's regular expressions have no \Z
+    )
 
 
 def load_body(schema: Schema) -> dict[str, Any]:

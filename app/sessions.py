@@ -20,7 +20,7 @@ from app.schemas import (
     load_body,
     rfc3339,
 )
-from app.store import Renewal, SessionStore
+from app.store import Renewal, SessionStore, StoreUnavailable
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 
@@ -47,7 +47,18 @@ def store() -> SessionStore:
 @bp.post("/<session_id:id>/heartbeat")
 @requires_token
 def heartbeat(id: str) -> Response:
-    """Keep a session alive."""
+    """Keep a session alive.
+
+    Update session activity and extend the session expiry time. Typically called periodically to keep the session alive.
+    A body is ignored.
+    ---
+    responses:
+      200:
+        headers:
+          Session-Expires-In: {required: true, schema: {type: integer, minimum: 0}, description: Whole seconds left}
+          Cache-Control: {required: true, schema: {type: string, const: no-store}}
+        example: {success: true, message: Session updated successfully, newExpiry: "2019-08-24T14:15:22.000Z"}
+    """
     ignore_body()
     renewal = store().heartbeat(g.subject, id)
     response = Answer(RENEWED % rfc3339(renewal.expires_at_ms))
@@ -58,27 +69,63 @@ def heartbeat(id: str) -> Response:
 @bp.post("/heartbeat")
 @requires_token
 def heartbeat_many() -> dict[str, Any]:
-    """Keep many sessions alive."""
+    """Keep many sessions alive.
+
+    For gateways. The results are in the order of the ids.
+    ---
+    requestBody: {required: true, content: {application/json: {schema: {$ref: "#/components/schemas/HeartbeatMany"}}}}
+    responses:
+      200:
+        example:
+          success: true
+          message: Sessions updated successfully
+          results:
+            - {id: Vw0uGbNGhl2Rq3XzJt4n8sYkPfD5aCeM, success: true, newExpiry: "2019-08-24T14:15:22.000Z"}
+            - {id: mMq4ydAPtJ6UHl1cZbW9x0eTnSgKv7Ro, success: false, error: Session not found or expired}
+    """
     ids = load_body(HeartbeatManySchema())["ids"]
     possible = [id for id in ids if re.fullmatch(SESSION_ID, id)]
-    renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
+    metrics = current_app.extensions["metrics"]
+    try:
+        renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
+    except StoreUnavailable:
+        metrics.heartbeats("failed", len(ids))
+        raise
     results = [heartbeat_result(id, renewals.get(id)) for id in ids]
+    renewed = sum(result["success"] for result in results)
+    metrics.heartbeats("renewed", renewed)
+    metrics.heartbeats("not_found", len(ids) - renewed)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
 @bp.get("")
 @requires_token
 def list_sessions() -> dict[str, Any]:
-    """List the caller's live sessions."""
+    """List the caller's live sessions, the most recently active first.
+    ---
+    responses: {200: {description: The sessions, example: {success: true, sessions: []}}}
+    """
     return {"success": True, "sessions": SessionSchema(many=True).dump(store().list(g.subject))}
 
 
 @bp.post("")
 @requires_token
 def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Open a session."""
+    """Open a session.
+
+    The body and all of its fields are optional. Without `idleTimeoutSeconds` the session gets the service's own idle
+    timeout. The address is the one that the request comes from.
+    ---
+    requestBody: {content: {application/json: {schema: {$ref: "#/components/schemas/OpenSession"}}}}
+    responses:
+      201:
+        headers: {Location: {required: true, schema: {type: string}, description: The session's path}}
+        example: {success: true, message: Session opened successfully, session: {}}
+      429: Error429
+    """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
     session = store().open(g.subject, ip_address=peer_address(), **options)
+    current_app.extensions["metrics"].opened.inc()
     emit("session_opened", subject=g.subject, session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
     return body, 201, {"Location": url_for("sessions.get_session", id=session.id)}
@@ -87,16 +134,25 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
 @bp.get("/<session_id:id>")
 @requires_token
 def get_session(id: str) -> dict[str, Any]:
-    """Read a session without extending it."""
+    """Read a session without extending it.
+    ---
+    responses: {200: {description: The session, example: {success: true, session: {}}}}
+    """
     return {"success": True, "session": SessionSchema().dump(store().get(g.subject, id))}
 
 
 @bp.post("/<session_id:id>/revoke")
 @requires_token
 def revoke(id: str) -> dict[str, Any]:
-    """End a session."""
+    """End a session.
+
+    No heartbeat brings it back. A body is ignored.
+    ---
+    responses: {200: {example: {success: true, message: Session revoked successfully}}}
+    """
     ignore_body()
     store().revoke(g.subject, id)
+    current_app.extensions["metrics"].revoked.inc()
     emit("session_revoked", subject=g.subject, session=id)
     return {"success": True, "message": "Session revoked successfully"}
 
@@ -104,8 +160,15 @@ def revoke(id: str) -> dict[str, Any]:
 @bp.post("/revoke-all")
 @requires_token
 def revoke_all() -> dict[str, Any]:
-    """End all of the caller's sessions, or all but one."""
+    """End all of the caller's sessions, or all but one.
+
+    The body is optional; `exceptSessionId` names the session to spare.
+    ---
+    requestBody: {content: {application/json: {schema: {$ref: "#/components/schemas/RevokeAll"}}}}
+    responses: {200: {example: {success: true, message: All sessions revoked successfully}}}
+    """
     number = store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
+    current_app.extensions["metrics"].revoked.inc(number)
     emit("sessions_revoked", subject=g.subject, number=number)
     return {"success": True, "message": "All sessions revoked successfully"}
 

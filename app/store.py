@@ -5,7 +5,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,7 @@ OPEN, GET, INDEX, HEARTBEAT, REVOKE = map(Script, ("open", "get", "index", "hear
 # A call of a script: its keys, then its arguments.
 Call = tuple[Sequence[str], Sequence[str | int]]
 Command = tuple[str | int, ...]
+Observe = Callable[[str, int, float], None]
 
 
 class Confirmation:
@@ -116,8 +117,9 @@ class Confirmation:
 class Scripts:
     """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
-    def __init__(self, servers: Servers, replicas: int = 0) -> None:
-        """`replicas` is how many have to confirm what is run with `run_durably`."""
+    def __init__(self, servers: Servers, replicas: int, observe: Observe) -> None:
+        """`replicas` is how many have to confirm what is run with `run_durably`; `observe` hears of round trips."""
+        self._observe = observe
         self._servers = servers
         self._replicas = replicas
         self._confirmations: WeakKeyDictionary[redis.Redis, Confirmation] = WeakKeyDictionary()
@@ -140,13 +142,15 @@ class Scripts:
         It takes two round trips where Redis has lost the script, as it does in every restart and failover. EVAL
         brings one back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead one.
         """
-        client = None
+        client, began = None, time.perf_counter()
         try:
             client = self._servers.client_for(calls[0][0][0])
             replies = self._try_each(client, script, calls, last)
         except (RedisError, OSError) as error:
             self._notice(script, client, error)
             raise
+        finally:
+            self._observe(script.name, len(calls), time.perf_counter() - began)
         self._notice(script, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
         return replies
 
@@ -226,9 +230,10 @@ def _reply(connection: Any) -> Any:
 class SessionStore:
     """The sessions of all subjects. Every method raises StoreUnavailable where Redis is in trouble."""
 
-    def __init__(self, config: Config, servers: Servers) -> None:
+    def __init__(self, config: Config, servers: Servers, observe: Observe = lambda *_: None) -> None:
+        """`observe` hears of every round trip: the script, the number of its calls, and the seconds it took."""
         self._servers = servers
-        self._scripts = Scripts(servers, config.redis_wait_replicas)
+        self._scripts = Scripts(servers, config.redis_wait_replicas, observe)
         # One for each server, so that one which hangs holds up nobody else.
         self._heartbeats: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
         self._idle_timeout = config.session_idle_seconds

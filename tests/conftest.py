@@ -19,6 +19,7 @@ from werkzeug.test import TestResponse
 from app import create_app
 from app.config import Config
 from app.connection import connect
+from tests.browser import Browser
 from tests.servers import RedisServer
 
 SECRET = "the-tests-own-secret-of-more-than-32-bytes"
@@ -38,6 +39,14 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     """A redis-server for the whole run. Tests that hurt it start one of their own."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A real browser for the whole run."""
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.driver.quit()
 
 
 @pytest.fixture(params=["fakeredis", "redis"])

@@ -1,0 +1,69 @@
+"""Keep a session alive with requests: SESSIONS_URL (http://localhost:8000/sessions) and TOKEN or TOKEN_COMMAND."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import requests
+
+SHORTEST, LONGEST = 0.2, 86400.0  # seconds between two requests, whatever the answers say
+FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
+
+
+def keep_alive(url, token=None, new_token=None):
+    """Never returns. new_token() gives a fresh token; it is called after a 401, and at the start without a token."""
+    id, backoff, at_once = None, FIRST_BACKOFF, True
+    while True:
+        try:
+            if not token:
+                token = new_token()
+                print("new token", flush=True)
+            target, bearer = f"{url}/{id}/heartbeat" if id else url, {"Authorization": f"Bearer {token}"}
+            answer = requests.post(target, headers=bearer, timeout=5, allow_redirects=False)
+            status, headers = answer.status_code, answer.headers
+        except Exception as error:  # no network, no answer in time, no token: all of it passes
+            status, headers = type(error).__name__, {}
+        # A 404 of something on the way, such as a proxy with nobody behind it, does not end the session.
+        ours = "application/json" in headers.get("Content-Type", "")
+        over, refused = ours and status == 404 and id, status == 401 and new_token
+        expires_in, retry_after = headers.get("Session-Expires-In", ""), headers.get("Retry-After", "")
+        pause = 0.0
+        if ours and status == 201 and not id:
+            id = answer.json()["session"]["id"]
+            print(f"opened {id}", flush=True)
+        elif status == 200 and id and expires_in.isdecimal():
+            print(f"renewed for {expires_in} s", flush=True)
+            # Two more beats fit in should this one be lost, and a fleet does not beat in step.
+            pause, backoff, at_once = int(expires_in) / 3 * random.uniform(0.8, 1), FIRST_BACKOFF, True
+        else:
+            if over:
+                id = None
+                print("session over, opening a new one", flush=True)
+            elif refused:
+                token = None
+            if at_once and (over or refused):
+                at_once = False  # until the next renewal: should it not help, wait
+            else:
+                pause, backoff = random.uniform(SHORTEST, backoff), min(2 * backoff, LAST_BACKOFF)
+                if retry_after.isdecimal():
+                    pause = max(int(retry_after), SHORTEST)
+                print(f"waiting {pause:.1f} s after {status}", flush=True)
+        time.sleep(min(max(pause, SHORTEST), LONGEST))
+
+
+def ask_command():
+    """Whatever TOKEN_COMMAND prints is the token."""
+    command = os.environ["TOKEN_COMMAND"]
+    return subprocess.run(command, shell=True, check=True, stdout=subprocess.PIPE, text=True, timeout=30).stdout.strip()
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    url, token, command = (os.environ.get(name) for name in ("SESSIONS_URL", "TOKEN", "TOKEN_COMMAND"))
+    if not url or not (token or command):
+        sys.exit("SESSIONS_URL is needed, and TOKEN or TOKEN_COMMAND")
+    keep_alive(url.rstrip("/"), token, ask_command if command else None)

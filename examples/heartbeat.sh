@@ -1,0 +1,68 @@
+#!/bin/sh
+# Keep a session alive with curl: SESSIONS_URL (http://localhost:8000/sessions) and TOKEN or TOKEN_COMMAND.
+set -u
+url=${SESSIONS_URL:?} token=${TOKEN:-} token_command=${TOKEN_COMMAND:-}
+[ -n "$token$token_command" ] || { echo "TOKEN or TOKEN_COMMAND is needed" >&2; exit 1; }
+shortest=200 longest=86400000 # ms between two requests, whatever the answers say
+first_backoff=500 last_backoff=30000
+
+child='' answer=$(mktemp) || exit
+trap '[ -z "$child" ] || kill "$child" 2>/dev/null; rm -f "$answer"' EXIT
+trap 'exit 0' INT TERM
+
+# The shell hears signals while it waits, but not while a program runs in the foreground.
+finish() { child=$!; wait "$child"; set -- $?; child=''; return "$1"; }
+ask() {
+    # The token goes in by stdin: arguments are there for everybody to see.
+    curl -si --suppress-connect-headers -m 5 -X POST -H @- -w '\n%{http_code}' "$1" >"$answer" <<END &
+Authorization: Bearer $token
+END
+    if finish; then status=$(tail -n 1 "$answer"); else status="curl $?"; fi
+}
+is_ours() { grep -qi '^content-type: *application/json' "$answer"; }
+# A header's value; nothing where it is no number.
+number() {
+    tr -d '\r' <"$answer" |
+        awk -F ': *' -v name="$1" 'tolower($1) == name && $2 ~ /^[0-9]+$/ && $2 < 1e9 { print $2 + 0; exit }'
+}
+between() { echo $(($1 + $(od -An -N4 -tu4 /dev/urandom) % ($2 - $1 + 1))); }
+
+id='' backoff=$first_backoff at_once=yes
+while :; do
+    status='no token' new='' pause=0
+    if [ -z "$token" ]; then
+        sh -c "$token_command" >"$answer" &
+        if finish; then token=$(cat "$answer"); fi
+        [ -z "$token" ] || echo "new token"
+    fi
+    [ -z "$token" ] || ask "${url%/}${id:+/$id/heartbeat}"
+    expires_in=$(number session-expires-in) retry_after=$(number retry-after)
+    if [ "$status" = 201 ] && [ -z "$id" ] && is_ours; then
+        id=$(sed -n 's/.*"id": *"\([^"]*\)".*/\1/p' "$answer")
+        echo "opened $id"
+    elif [ "$status" = 200 ] && [ -n "$id" ] && [ -n "$expires_in" ]; then
+        echo "renewed for $expires_in s"
+        # Two more beats fit in should this one be lost, and a fleet does not beat in step.
+        third=$((expires_in * 1000 / 3)) backoff=$first_backoff at_once=yes
+        pause=$(between $((third * 4 / 5)) "$third")
+    else
+        # A 404 of something on the way, such as a proxy with nobody behind it, does not end the session.
+        if [ "$status" = 404 ] && [ -n "$id" ] && is_ours; then
+            id='' new=session
+            echo "session over, opening a new one"
+        elif [ "$status" = 401 ] && [ -n "$token_command" ]; then
+            token='' new=token
+        fi
+        if [ -n "$at_once" ] && [ -n "$new" ]; then
+            at_once='' # until the next renewal: should it not help, wait
+        else
+            pause=$(between "$shortest" "$backoff")
+            [ -z "$retry_after" ] || pause=$((retry_after > 0 ? retry_after * 1000 : shortest))
+            backoff=$((backoff * 2 < last_backoff ? backoff * 2 : last_backoff))
+            echo "waiting $((pause / 1000)).$((pause % 1000 / 100)) s after $status"
+        fi
+    fi
+    pause=$((pause < shortest ? shortest : pause > longest ? longest : pause))
+    sleep "$((pause / 1000)).$(printf %03d $((pause % 1000)))" &
+    finish
+done

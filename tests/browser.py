@@ -1,0 +1,52 @@
+"""A real browser without a window, driven by its own protocol."""
+
+import json
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support import expected_conditions
+from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.servers import required
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",  # which root cannot have
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    # Nothing is asked for but what the pages ask for.
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,1600",
+]
+
+
+class Browser:
+    """Chromium, and what its logs say of the pages since they were last asked."""
+
+    def __init__(self, folder: Path) -> None:
+        options = webdriver.ChromeOptions()
+        options.binary_location = required("chromium")
+        for flag in [*FLAGS, f"--user-data-dir={folder}"]:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(required("chromedriver")))
+
+    def find(self, selector: str) -> WebElement:
+        """The first element that a CSS selector matches, waited for until it can be seen."""
+        wait = WebDriverWait(self.driver, 10)
+        return wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, selector)))
+
+    def complaints(self) -> list[str]:
+        """What the console holds: errors, and everything that was refused, blocked or failed."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and address of every request of the pages, but for the browser's own and for data: in place."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [(each["method"], each["url"]) for each in sent if not each["url"].startswith(("chrome:", "data:"))]

@@ -1,0 +1,92 @@
+"""The commands under `flask --app wsgi`."""
+
+from collections.abc import Callable
+
+import pytest
+from click.testing import Result
+from flask import Flask
+
+from tests.conftest import Caller
+
+
+def run(app: Flask, *words: str) -> Result:
+    return app.test_cli_runner().invoke(args=list(words))
+
+
+def test_token(app: Flask) -> None:
+    """A printed token works."""
+    alice = Caller(app)
+    alice.headers = {"Authorization": f"Bearer {run(app, 'token', 'alice').output.strip()}"}
+    assert alice.get("/sessions").status_code == 200
+
+
+def test_token_claims(make_app: Callable[..., Flask]) -> None:
+    """A printed token has the issuer, the audience and the subject claim that are asked for."""
+    app = make_app(jwt_issuer="me", jwt_audience="you", jwt_subject_claim="userId")
+    alice = Caller(app)
+    alice.headers = {"Authorization": f"Bearer {run(app, 'token', 'alice').output.strip()}"}
+    assert alice.get("/sessions").status_code == 200
+
+
+def test_token_of_an_issuer(make_app: Callable[..., Flask]) -> None:
+    """Without a secret there is no token."""
+    result = run(make_app(jwt_secret=(), jwt_jwks_url="http://127.0.0.1:9/"), "token", "alice")
+    assert result.exit_code == 1
+    assert "JWT_SECRET" in result.output
+
+
+def test_list(app: Flask, alice: Caller, bob: Caller) -> None:
+    """A subject's sessions are listed with what is known of them, and nobody else's."""
+    id, other = alice.open(deviceName="Tablet"), bob.open()
+    output = run(app, "sessions", "list", "alice").output
+    assert id in output and "Tablet" in output and other not in output
+
+
+def test_revoke_one(app: Flask, alice: Caller) -> None:
+    """One session of a subject is ended by its id."""
+    id, other = alice.open(), alice.open()
+    assert run(app, "sessions", "revoke", "alice", "--id", id).output == "1 revoked\n"
+    assert alice.ids() == [other]
+    assert run(app, "sessions", "revoke", "alice", "--id", id).exit_code == 1
+
+
+def test_revoke_all(app: Flask, alice: Caller, bob: Caller) -> None:
+    """All sessions of a subject are ended, and nobody else's."""
+    alice.open(), alice.open()
+    id = bob.open()
+    assert run(app, "sessions", "revoke", "alice").output == "2 revoked\n"
+    assert (alice.ids(), bob.ids()) == ([], [id])
+
+
+def test_doctor(app: Flask) -> None:
+    """The doctor finds nothing to fail on where all is well, and leaves no session behind."""
+    result = run(app, "doctor")
+    assert result.exit_code == 0, result.output
+    assert "A session was opened, kept alive and revoked" in result.output
+    assert all(line.split()[0] in ("ok", "warning") for line in result.output.splitlines())
+    assert Caller(app, "doctor").ids() == []
+
+
+def test_doctor_without_redis(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor fails where no session can be opened."""
+
+    def gone(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr("app.store._send", gone)
+    result = run(app, "doctor")
+    assert result.exit_code == 1
+    assert "failure  A session could not be opened" in result.output
+
+
+def test_doctor_without_keys(make_app: Callable[..., Flask]) -> None:
+    """The doctor fails where no signing key can be loaded."""
+    result = run(make_app(jwt_secret=(), jwt_jwks_url="http://127.0.0.1:9/"), "doctor")
+    assert result.exit_code == 1
+    assert "failure  No signing key" in result.output
+
+
+def test_pseudonym(app: Flask) -> None:
+    """What stands for a name in the logs is the same each time, and another one for another name."""
+    alice, again, bob = (run(app, "pseudonym", name).output for name in ("alice", "alice", "bob"))
+    assert alice == again != bob

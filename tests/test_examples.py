@@ -1,0 +1,321 @@
+"""The loops in examples/ as a device runs them: real processes, a real service, and what gets in the way."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import SECRET, token
+from tests.servers import ROOT, RedisServer, gunicorn, required, running, until
+
+Start = Callable[..., list["Loop"]]
+
+
+class Loop:
+    """One of the examples, started, and what it has printed so far. Its subject is its name."""
+
+    def __init__(self, name: str, process: subprocess.Popen, tokens: Path) -> None:
+        self.name = name
+        self.process = process
+        self.lines: list[str] = []
+        self._seen = 0
+        self._tokens = tokens
+        # It ends when neither the process nor one that it has started can print any more.
+        self.reader = threading.Thread(target=lambda: self.lines.extend(map(str.strip, process.stdout)))
+        self.reader.start()
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.lines}"
+
+    @property
+    def ids(self) -> list[str]:
+        """The sessions that it has opened."""
+        return [line.split()[1] for line in self.lines if line.startswith("opened ")]
+
+    def wait_for(self, line: str, seconds: float = 15.0) -> None:
+        """Wait for a line, given as a pattern, behind the one that was waited for last."""
+
+        def printed() -> bool:
+            while self._seen < len(self.lines):
+                self._seen += 1
+                if re.fullmatch(line, self.lines[self._seen - 1]):
+                    return True
+            return False
+
+        try:
+            until(printed, seconds)
+        except AssertionError:
+            pytest.fail(f"no {line!r} from {self}")
+
+    def give_token(self, **claims: object) -> None:
+        """From now on TOKEN_COMMAND prints this token."""
+        self._tokens.write_text(token(self.name, **claims))
+
+
+@contextmanager
+def loop(name: str, command: list[str], environ: dict[str, str], tokens: Path) -> Iterator[Loop]:
+    env = {"PATH": os.environ["PATH"], **environ}
+    with running(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        started = Loop(name, process, tokens)
+        yield started
+    started.reader.join()
+    process.stdout.close()
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Starts the three loops on an address; each with a token, or else with a command that prints what it was given."""
+    required("curl")
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("requests")
+    programs = {"sh": required("sh"), "py": sys.executable, "mjs": required("node")}
+
+    with ExitStack() as stack:
+
+        def start(url: str, with_token: bool = False) -> list[Loop]:
+            loops = []
+            for name, program in programs.items():
+                tokens = folder / f"{name}.jwt"
+                environ = {"TOKEN": token(name)} if with_token else {"TOKEN_COMMAND": f"cat '{tokens}'"}
+                environ["SESSIONS_URL"] = url.replace("SUBJECT", name)
+                command = [program, str(ROOT / "examples" / f"heartbeat.{name}")]
+                loops.append(stack.enter_context(loop(name, command, environ, tokens)))
+            return loops
+
+        yield start
+
+
+def environ(server: RedisServer, idle: int) -> dict[str, str]:
+    """The service's configuration: an idle timeout in seconds, quick to see trouble, exact about tokens."""
+    return {
+        "REDIS_URL": server.url,
+        "REDIS_TIMEOUT_SECONDS": "0.1",
+        "JWT_SECRET": SECRET,
+        "JWT_LEEWAY_SECONDS": "0",
+        "SESSION_IDLE_SECONDS": str(idle),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server: RedisServer) -> Iterator[str]:
+    """The service's sessions, which end after 3 seconds without a heartbeat."""
+    with gunicorn(environ(server, idle=3)) as base:
+        yield f"{base}/sessions"
+
+
+def call(url: str, subject: str, action: str) -> int:
+    """Call an endpoint as a subject; gives the status."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
+    try:
+        connection.request("POST", f"/sessions/{action}", headers={"Authorization": f"Bearer {token(subject)}"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_stays_alive(start: Start, server: RedisServer, url: str) -> None:
+    """A loop keeps the session that it has opened alive, well past the idle timeout."""
+    loops = start(url, with_token=True)
+    for each in loops:
+        each.wait_for("renewed for 3 s")
+    time.sleep(5)
+    for each in loops:
+        assert len(each.ids) == 1, each
+        assert set(each.lines[1:]) == {"renewed for 3 s"}, each
+        assert server.client.exists(f"session:{{{each.name}}}:{each.ids[0]}"), each
+        assert 5 <= len(each.lines) - 1 <= 10, each
+
+
+@pytest.fixture
+def frail(folder: Path) -> Iterator[tuple[RedisServer, str]]:
+    """A Redis to be hurt, which remembers over a restart what it was told, and the sessions of a service on it."""
+    with RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always") as server:
+        # Two thirds may be gone before the last of the loops meets the trouble, and a Retry-After of 2 s follows.
+        with gunicorn(environ(server, idle=12)) as base:
+            yield server, f"{base}/sessions"
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "restarts"])
+def test_redis_in_trouble(frail: tuple[RedisServer, str], start: Start, trouble: str) -> None:
+    """A loop goes on with its session after Redis has hung, or has died and come back with its data."""
+    server, url = frail
+    loops = start(url, with_token=True)
+    for each in loops:
+        each.wait_for("renewed for 12 s")
+    if trouble == "hangs":
+        server.process.send_signal(signal.SIGSTOP)
+    else:
+        server.stop()
+    for each in loops:
+        each.wait_for(r"waiting [12]\.0 s after 500")
+    if trouble == "hangs":
+        server.process.send_signal(signal.SIGCONT)
+    else:
+        server.start()
+    for each in loops:
+        each.wait_for("renewed for 12 s")
+        assert len(each.ids) == 1, each
+
+
+def test_revoked(start: Start, url: str) -> None:
+    """When its session has been revoked a loop opens a new one and keeps that alive."""
+    loops = start(url, with_token=True)
+    for each in loops:
+        each.wait_for("renewed for 3 s")
+        assert call(url, each.name, f"{each.ids[0]}/revoke") == 200
+    for each in loops:
+        each.wait_for("session over, opening a new one")
+        each.wait_for("opened .*", seconds=2)
+        each.wait_for("renewed for 3 s", seconds=2)
+        assert len(set(each.ids)) == 2, each
+        assert [line for line in each.lines if "waiting" in line] == [], each
+
+
+def test_token_expires(start: Start, url: str) -> None:
+    """When its token has expired a loop gets a new one and goes on with the same session."""
+    loops = start(url)
+    for each in loops:
+        each.give_token(exp=int(time.time()) + 4)
+    for each in loops:
+        each.wait_for("new token")
+        each.wait_for("renewed for 3 s")
+        each.give_token()
+    for each in loops:
+        each.wait_for("new token")
+        each.wait_for("renewed for 3 s", seconds=2)
+        assert len(each.ids) == 1, each
+
+
+def test_token_comes_late(start: Start, url: str) -> None:
+    """While it gets no token or a bad one a loop tries ever more rarely, and with a good one it begins."""
+    loops = start(url)
+    for each in loops:
+        each.wait_for("waiting .* s after (no token|CalledProcessError|Error)")
+        each.give_token(secret=SECRET[::-1])
+    time.sleep(2)
+    for each in loops:
+        assert 1 < len(each.lines) < 15, each
+        each.wait_for("waiting .* s after 401")
+        each.give_token()
+    for each in loops:
+        each.wait_for("opened .*")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stops(start: Start, url: str, number: int) -> None:
+    """A signal ends a loop and all its processes with exit code 0: at rest, in trouble, and waiting for an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at_rest = start(url, with_token=True)
+        in_trouble = start("http://127.0.0.1:1/sessions", with_token=True)
+        without_answer = start(f"http://127.0.0.1:{silent.getsockname()[1]}/sessions", with_token=True)
+        for each in at_rest:
+            each.wait_for("renewed .*")
+        for each in in_trouble:
+            each.wait_for("waiting .*")
+        time.sleep(0.5)
+        for each in (loops := at_rest + in_trouble + without_answer):
+            each.process.send_signal(number)
+        end = time.monotonic() + 2
+        for each in loops:
+            assert each.process.wait(max(0, end - time.monotonic())) == 0, each
+            each.reader.join(1)
+            assert not each.reader.is_alive(), each
+
+
+SILENCE, BREAK_OFF = -1, -2
+HTML, RETRY = {"Content-Type": "text/html"}, {"Retry-After": "1"}
+# What a heartbeat may be answered without its session being over, and what a loop has to say about it.
+TROUBLES: list[tuple[int, dict[str, str], str]] = [
+    (SILENCE, {}, "after (curl 28|ReadTimeout|TimeoutError)"),
+    (BREAK_OFF, {}, "after (curl 52|ConnectionError|UND_ERR_SOCKET)"),
+    (429, RETRY, "waiting 1.0 s after 429"),
+    (500, {}, "after 500"),
+    (503, {}, "after 503"),
+    (502, HTML, "after 502"),
+    (404, HTML, "after 404"),
+    (200, HTML, "after 200"),
+    (307, {"Location": "/elsewhere"}, "after 307"),
+    (500, {"Retry-After": "soon"}, "after 500"),
+    (500, {"Retry-After": "0"}, "waiting 0.2 s after 500"),
+]
+
+
+class Troubled(BaseHTTPRequestHandler):
+    """Opens sessions, and answers every other heartbeat with the next trouble."""
+
+    server: "TroubledServer"
+
+    def do_POST(self) -> None:
+        if self.path.endswith("/sessions"):
+            self.answer(201, {}, b'{"success": true, "session": {"id": "%b"}}' % (b"A" * 32))
+            return
+        number, is_trouble = divmod(self.server.beats[self.path], 2)
+        self.server.beats[self.path] += 1
+        if not is_trouble or number >= len(TROUBLES):
+            self.answer(200, {"Session-Expires-In": "0"})
+            return
+        status, headers, _ = TROUBLES[number]
+        if status == SILENCE:
+            self.server.over.wait(10)
+        elif status != BREAK_OFF:
+            self.answer(status, headers)
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"{}") -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json"} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class TroubledServer(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Troubled)
+        self.beats: Counter[str] = Counter()
+        self.over = threading.Event()
+
+
+@pytest.fixture
+def troubled() -> Iterator[str]:
+    """Something that has a session for each subject, and much on the way to it that goes wrong."""
+    with TroubledServer() as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/SUBJECT/sessions"
+        httpd.over.set()
+        httpd.shutdown()
+        thread.join()
+
+
+def test_nothing_else_ends_a_session(start: Start, troubled: str) -> None:
+    """Whatever goes wrong on the way, a loop waits, for as long as it is told to, and goes on with its session."""
+    loops = start(troubled, with_token=True)
+    for _, _, said in TROUBLES:
+        for each in loops:
+            each.wait_for("renewed for 0 s")
+            each.wait_for(f".*{said}")
+    for each in loops:
+        each.wait_for("renewed for 0 s")
+        assert len(each.ids) == 1, each
