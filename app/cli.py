@@ -13,7 +13,8 @@ from app.config import Config
 from app.health import Finding, inspect
 from app.keys import KeysUnavailable
 from app.schemas import rfc3339
-from app.store import SessionNotFound, SessionStore, StoreUnavailable
+from app.sessions import store
+from app.store import SessionNotFound, StoreUnavailable
 
 
 @click.command()
@@ -41,7 +42,7 @@ def sessions() -> None:
 @with_appcontext
 def list_sessions(subject: str) -> None:
     """Print SUBJECT's live sessions, the most recently active first."""
-    for session in _store().list(subject):
+    for session in store().list(subject):
         described = [session.login_method, session.device_name, session.ip_address, session.location]
         times = f"active {rfc3339(session.last_activity_ms)}  expires {rfc3339(session.expires_at_ms)}"
         click.echo(f"{session.id}  {times}  {', '.join(filter(None, described))}")
@@ -54,10 +55,10 @@ def list_sessions(subject: str) -> None:
 def revoke(subject: str, id: str | None) -> None:
     """End SUBJECT's sessions, or one of them."""
     if id is None:
-        click.echo(f"{_store().revoke_all(subject)} revoked")
+        click.echo(f"{store().revoke_all(subject)} revoked")
         return
     try:
-        _store().revoke(subject, id)
+        store().revoke(subject, id)
     except SessionNotFound:
         raise click.ClickException("there is no such session") from None
     click.echo("1 revoked")
@@ -91,13 +92,9 @@ def _examine() -> Iterator[Finding]:
     except KeysUnavailable:
         yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
     try:
-        id = _store().open("doctor", login_method="doctor", idle_timeout=60).id
-        _store().heartbeat("doctor", id)
-        _store().revoke("doctor", id)
+        id = store().open("doctor", login_method="doctor", idle_timeout=60).id
+        store().heartbeat("doctor", id)
+        store().revoke("doctor", id)
         yield Finding("ok", "A session was opened, kept alive and revoked")
     except StoreUnavailable as error:
         yield Finding("failure", f"A session could not be opened, kept alive and revoked: {error}")
-
-
-def _store() -> SessionStore:
-    return current_app.extensions["session_store"]  # type: ignore[no-any-return]

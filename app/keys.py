@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -22,29 +22,10 @@ class KeysUnavailable(Exception):
     """No signing key could ever be loaded."""
 
 
-class Keys(Protocol):
-    """The keys that a token may be signed with."""
-
-    @property
-    def fetched_at(self) -> float:
-        """When the keys were last fetched, in seconds since the epoch; 0 where they come with the configuration."""
-
-    @property
-    def generation(self) -> int:
-        """Grows whenever the keys change; what was verified under an older one is to be forgotten."""
-
-    def candidates(self, key_id: str | None) -> Sequence[Key]:
-        """The keys to try for a token with this `kid` header (RFC 7515 §4.1.4), which is only a look-up string.
-
-        Raises KeysUnavailable where no key could ever be loaded.
-        """
-
-
 class FixedKeys:
     """Keys that come with the configuration and stay until the next start."""
 
-    generation = 0
-    fetched_at = 0.0
+    generation, fetched_at = 0, 0.0
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = keys
@@ -67,8 +48,8 @@ class JwksKeys:
     UNKNOWN_KEY_WAIT = 1.0
 
     def __init__(self, url: str) -> None:
-        self.generation = 0
-        self.fetched_at = 0.0
+        self.generation = 0  # grows when the keys change: what was verified under an older one is to be forgotten
+        self.fetched_at = 0.0  # seconds since the epoch
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
         self._key_set: dict[str, Any] = {}
         self._keys: dict[str, jwt.PyJWK] = {}
@@ -82,6 +63,7 @@ class JwksKeys:
         self._wait_for_fetch()
 
     def candidates(self, key_id: str | None) -> Sequence[Key]:
+        """The keys to try for a `kid` (RFC 7515 §4.1.4). Raises KeysUnavailable where none could ever be loaded."""
         if key_id is not None and key_id not in self._keys:
             self._ask_for_fetch()
         if not self._keys:
@@ -138,6 +120,9 @@ def _signing_key(data: Any) -> tuple[str, jwt.PyJWK] | None:
     # What stands in a key set can be anything; one odd key does not spoil the others.
     except Exception:
         return None
+
+
+Keys = FixedKeys | JwksKeys
 
 
 def load_keys(config: Config) -> Keys:

@@ -136,12 +136,11 @@ def load_body(schema: Schema) -> dict[str, Any]:
     if body and not request.is_json:
         raise UnsupportedMediaType
     try:
-        return schema.load(json.loads(body or "{}", parse_constant=_no_number))  # type: ignore[no-any-return]
-    except ValidationError:
-        raise
+        parsed = json.loads(body or "{}", parse_constant=_no_number)
     # ValueError: no JSON or no UTF-8. RecursionError: nested deeper than Python's stack.
     except (ValueError, RecursionError):
         raise BadRequest from None
+    return schema.load(parsed)  # type: ignore[no-any-return]
 
 
 def _no_number(name: str) -> NoReturn:

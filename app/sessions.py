@@ -85,16 +85,16 @@ def heartbeat_many() -> dict[str, Any]:
     """
     ids = load_body(HeartbeatManySchema())["ids"]
     possible = [id for id in ids if re.fullmatch(SESSION_ID, id)]
-    metrics = current_app.extensions["metrics"]
+    counted = current_app.extensions["metrics"].heartbeats
     try:
         renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
     except StoreUnavailable:
-        metrics.heartbeats("failed", len(ids))
+        counted["failed"].inc(len(ids))
         raise
     results = [heartbeat_result(id, renewals.get(id)) for id in ids]
     renewed = sum(result["success"] for result in results)
-    metrics.heartbeats("renewed", renewed)
-    metrics.heartbeats("not_found", len(ids) - renewed)
+    counted["renewed"].inc(renewed)
+    counted["not_found"].inc(len(ids) - renewed)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 

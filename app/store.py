@@ -118,23 +118,32 @@ class Scripts:
     """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
     def __init__(self, servers: Servers, replicas: int, observe: Observe) -> None:
-        """`replicas` is how many have to confirm what is run with `run_durably`; `observe` hears of round trips."""
+        """`replicas` is how many have to confirm what is run durably; `observe` hears of round trips."""
         self._observe = observe
         self._servers = servers
         self._replicas = replicas
         self._confirmations: WeakKeyDictionary[redis.Redis, Confirmation] = WeakKeyDictionary()
         self._in_trouble: set[tuple[str, redis.Redis | None]] = set()
 
-    def run_each(self, script: Script, calls: Sequence[Call]) -> list[Any]:
-        """Run a script for each call, in one round trip. Raises StoreUnavailable where any of them fails."""
-        return self._run(script, calls, durably=False)
+    def run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> list[Any]:
+        """Run a script for each call, in one round trip; `durably` where it must not be lost in a failover.
 
-    def run_durably(self, script: Script, calls: Sequence[Call]) -> list[Any]:
-        """The same for what must not be lost in a failover.
-
-        Raises StoreUnavailable also where the replicas have not confirmed it in time; it may then have taken effect.
+        Raises StoreUnavailable where any fails or the replicas do not confirm in time; it may then have taken effect.
         """
-        return self._run(script, calls, durably=self._replicas > 0)
+        if not calls:
+            return []
+        with unavailable():
+            confirmation = None
+            if durably and self._replicas:
+                client = self._servers.client_for(calls[0][0][0])
+                confirmation = self._confirmations.setdefault(client, Confirmation(self._replicas))
+            replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+        if confirmation and not confirmation.given(*replies[len(calls) :]):
+            raise StoreUnavailable("not confirmed by enough replicas")
+        return replies[: len(calls)]
 
     def try_each(self, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
         """Run a script for each call, and then some `last` commands, in one round trip. Gives replies or errors.
@@ -153,23 +162,6 @@ class Scripts:
             self._observe(script.name, len(calls), time.perf_counter() - began)
         self._notice(script, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
         return replies
-
-    def _run(self, script: Script, calls: Sequence[Call], *, durably: bool) -> list[Any]:
-        if not calls:
-            return []
-        with unavailable():
-            confirmation = self._confirmation(calls) if durably else None
-            replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise reply
-        if confirmation and not confirmation.given(*replies[len(calls) :]):
-            raise StoreUnavailable("not confirmed by enough replicas")
-        return replies[: len(calls)]
-
-    def _confirmation(self, calls: Sequence[Call]) -> "Confirmation":
-        client = self._servers.client_for(calls[0][0][0])
-        return self._confirmations.setdefault(client, Confirmation(self._replicas))
 
     def _try_each(
         self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command]
@@ -261,24 +253,14 @@ class SessionStore:
         prefix = session_key(subject, "")
         keys = [index_key(subject), prefix + id]
         args: list[str | int] = [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields]
-        [reply] = self._scripts.run_durably(OPEN, [(keys, args)])
+        [reply] = self._scripts.run(OPEN, [(keys, args)], durably=True)
         if reply is None:
             raise TooManySessions
-        started_at_ms, expires_at_ms = reply
-        return Session(
-            id=id,
-            started_at_ms=started_at_ms,
-            last_activity_ms=started_at_ms,
-            expires_at_ms=expires_at_ms,
-            login_method=login_method,
-            device_name=device_name,
-            ip_address=ip_address,
-            location=location,
-        )
+        return _session(id, reply)
 
     def get(self, subject: str, id: str) -> Session:
         """Read a session without extending it. Raises SessionNotFound."""
-        [reply] = self._scripts.run_each(GET, [([session_key(subject, id)], [])])
+        [reply] = self._scripts.run(GET, [([session_key(subject, id)], [])])
         if reply is None:
             raise SessionNotFound
         return _session(id, reply)
@@ -286,10 +268,10 @@ class SessionStore:
     def list(self, subject: str) -> Sequence[Session]:
         """The subject's live sessions, the most recently active first."""
         ids = self._indexed(subject)
-        replies = self._scripts.run_each(GET, [([session_key(subject, id)], []) for id in ids])
+        replies = self._scripts.run(GET, [([session_key(subject, id)], []) for id in ids])
         # The index is tidied: what has died stays dead, so nothing can have come in between.
         dead = [id for id, reply in zip(ids, replies) if reply is None]
-        self._scripts.run_each(REVOKE, [_revocation(subject, id) for id in dead])
+        self._scripts.run(REVOKE, [_revocation(subject, id) for id in dead])
         live = [_session(id, reply) for id, reply in zip(ids, replies) if reply is not None]
         return sorted(live, key=lambda session: session.last_activity_ms, reverse=True)
 
@@ -306,18 +288,18 @@ class SessionStore:
 
     def heartbeat_many(self, subject: str, ids: Sequence[str]) -> Sequence[Renewal | None]:
         """Extend many sessions in one round trip; None stands for each that is not there."""
-        replies = self._scripts.run_each(HEARTBEAT, [((session_key(subject, id),), ()) for id in ids])
+        replies = self._scripts.run(HEARTBEAT, [((session_key(subject, id),), ()) for id in ids])
         return [Renewal(*reply) if reply is not None else None for reply in replies]
 
     def revoke(self, subject: str, id: str) -> None:
         """End a session. Raises SessionNotFound."""
-        if self._scripts.run_durably(REVOKE, [_revocation(subject, id)]) == [0]:
+        if self._scripts.run(REVOKE, [_revocation(subject, id)], durably=True) == [0]:
             raise SessionNotFound
 
     def revoke_all(self, subject: str, *, except_id: str | None = None) -> int:
         """End the subject's sessions, but for one where `except_id` is given; returns how many were alive."""
         ids = [id for id in self._indexed(subject) if id != except_id]
-        return sum(self._scripts.run_durably(REVOKE, [_revocation(subject, id) for id in ids]))
+        return sum(self._scripts.run(REVOKE, [_revocation(subject, id) for id in ids], durably=True))
 
     def ping(self) -> None:
         """Ask Redis whether it is there, every primary of a cluster."""
@@ -326,7 +308,7 @@ class SessionStore:
                 client.ping()
 
     def _indexed(self, subject: str) -> Sequence[str]:
-        return self._scripts.run_each(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
+        return self._scripts.run(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
 
     def _batches(self, key: str) -> GroupCommit:
         client = self._servers.client_for(key)

@@ -8,7 +8,7 @@
 -- ARGV[4]  idle timeout, ms
 -- ARGV[5]  absolute timeout, ms
 -- ARGV[6…] further fields of the hash: name, value, name, value …
--- Returns  {started, expiry}, both in ms since the epoch; nil at the limit
+-- Returns  {fields as a flat list of names and values, expiry in ms since the epoch}; nil at the limit
 --
 -- The subject's other sessions are looked at by names made here, not in KEYS: they share the slot through {owner}.
 
@@ -18,7 +18,7 @@ local idle_timeout, absolute_timeout = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 -- The same id comes twice only when the answer to the first call was lost on the way.
 if redis.call("EXISTS", session) == 1 then
-  return { tonumber(redis.call("HGET", session, "started")), redis.call("PEXPIRETIME", session) }
+  return { redis.call("HGETALL", session), redis.call("PEXPIRETIME", session) }
 end
 
 -- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
@@ -49,4 +49,4 @@ end
 redis.call("ZADD", index, absolute_end, id)
 local latest = redis.call("ZRANGE", index, -1, -1, "WITHSCORES")
 redis.call("PEXPIREAT", index, latest[2])
-return { now, expiry }
+return { redis.call("HGETALL", session), expiry }
