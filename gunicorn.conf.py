@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 
+import gevent
 from gunicorn import util
 from gunicorn.glogging import Logger
+from gunicorn.http import wsgi
 
 # A connection is a file, and the soft limit is often 1024.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -73,6 +75,32 @@ def write_error(sock, status, reason, message):
 
 
 util.write_error = write_error
+
+
+class Gathered(list):
+    """A socket's stand-in that keeps what would have been sent."""
+
+    sendall = list.append
+
+
+def write(self, data, write=wsgi.Response.write):
+    """Send the head of an answer together with the first of its body: one system call and one packet less."""
+    if self.headers_sent:
+        return write(self, data)
+    real, self.sock = self.sock, Gathered()
+    try:
+        write(self, data)
+    finally:
+        gathered, self.sock = self.sock, real
+    real.sendall(b"".join(gathered))
+
+
+wsgi.Response.write = write
+
+
+def post_request(worker, req, environ, resp):
+    """Give way to the others: a client who always has the next request ready would have a worker for itself."""
+    gevent.sleep(0)
 
 
 def on_starting(server):

@@ -37,9 +37,13 @@ class Service(Flask):
     session_interface = NoCookies()
 
     def full_dispatch_request(self) -> Response:
-        """Answers a request and counts it."""
+        """Answers a request and counts it. Nobody here listens to Flask's signals or acts before a request."""
         began = time.perf_counter()
-        response = super().full_dispatch_request()
+        try:
+            answer = self.dispatch_request()
+        except Exception as error:
+            answer = self.handle_user_exception(error)
+        response = self.finalize_request(answer)
         seconds = time.perf_counter() - began
         self.extensions["metrics"].request(request_ctx.request, response.status_code, seconds)
         return response

@@ -9,6 +9,7 @@ import gevent
 from flask import Response, request
 from flask.json.provider import DefaultJSONProvider
 from marshmallow import Schema, ValidationError, fields, post_dump, validate
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
 
 LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
@@ -17,15 +18,44 @@ MOST_IDS = 1000
 SESSION_ID = r"[A-Za-z0-9_-]{22,64}"
 
 
+# No answer is to be stored (RFC 9111 §5.2.2.5) or taken for another type than its own (OWASP ASVS 3.4.4).
+ALWAYS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
 class Answer(Response):
-    """JSON that is not to be stored (RFC 9111 §5.2.2.5) or taken for another type (OWASP ASVS 3.4.4)."""
+    """JSON unless something else is said."""
 
     default_mimetype = "application/json"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.headers["Cache-Control"] = "no-store"
-        self.headers["X-Content-Type-Options"] = "nosniff"
+        self.headers.update(ALWAYS)
+
+
+# Written out, since building it with json takes a tenth of the time that the whole heartbeat takes.
+RENEWED = '{"success": true, "message": "Session updated successfully", "newExpiry": "%s"}'
+
+
+class Renewed(Answer):
+    """The answer to a heartbeat, with all of its headers known beforehand.
+
+    Werkzeug would find out whether there is a body, how long it is and whether it may be sent: a quarter of the time
+    that everything else in Flask takes together.
+    """
+
+    def __init__(self, expires_at_ms: int, expires_in: int) -> None:
+        body = RENEWED % rfc3339(expires_at_ms)
+        head = [
+            ("Content-Type", self.default_mimetype),
+            ("Content-Length", str(len(body))),
+            *ALWAYS.items(),
+            ("Session-Expires-In", str(expires_in)),
+        ]
+        Response.__init__(self, [body.encode()], headers=Headers(head))
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        start_response(self.status, self.headers.to_wsgi_list())
+        return self.response
 
 
 class ContractJSON(DefaultJSONProvider):

@@ -11,9 +11,9 @@ from app.auth import requires_token
 from app.events import emit
 from app.schemas import (
     SESSION_ID,
-    Answer,
     HeartbeatManySchema,
     OpenSchema,
+    Renewed,
     RevokeAllSchema,
     SessionSchema,
     ignore_body,
@@ -23,10 +23,6 @@ from app.schemas import (
 from app.store import Renewal, SessionStore, StoreUnavailable
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
-
-
-# Written out, since building it with json takes a tenth of the time that the whole heartbeat takes.
-RENEWED = '{"success": true, "message": "Session updated successfully", "newExpiry": "%s"}'
 
 
 class SessionIdConverter(BaseConverter):
@@ -61,9 +57,7 @@ def heartbeat(id: str) -> Response:
     """
     ignore_body()
     renewal = store().heartbeat(g.subject, id)
-    response = Answer(RENEWED % rfc3339(renewal.expires_at_ms))
-    response.headers.add("Session-Expires-In", str(renewal.expires_in))
-    return response
+    return Renewed(renewal.expires_at_ms, renewal.expires_in)
 
 
 @bp.post("/heartbeat")

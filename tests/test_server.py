@@ -166,6 +166,29 @@ def test_others_do_not_wait(connection: http.client.HTTPConnection, port: int, i
             each.close()
 
 
+def test_greedy_client(redis_server: RedisServer) -> None:
+    """A client whose next request is always there already leaves the others their turn."""
+
+    def last_answer(connection: socket.socket) -> float:
+        while connection.recv(65536):
+            pass
+        return time.monotonic()
+
+    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}
+    with gunicorn_process(environ) as (_, port), socket.create_connection(("127.0.0.1", port), 10) as greedy:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            path = ask(connection, "POST", "/sessions")[2]["Location"]
+            with ThreadPoolExecutor(2) as pool:
+                sent = pool.submit(greedy.sendall, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+                greedy.recv(1)
+                ended = pool.submit(last_answer, greedy)
+                assert ask(connection, "POST", f"{path}/heartbeat")[0] == 200
+                answered = time.monotonic()
+                sent.result()
+                greedy.shutdown(socket.SHUT_WR)
+                assert answered < ended.result() - 0.3
+
+
 @pytest.mark.parametrize("path", ["/sessions", "/sessions/{id}/heartbeat", "/sessions/revoke-all"])
 def test_chunked_body_too_large(port: int, id: str, path: str) -> None:
     """A chunked body, whose length nobody has announced, is refused when it passes the bound."""
