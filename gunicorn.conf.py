@@ -4,14 +4,19 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import gevent
 from gunicorn import util
 from gunicorn.glogging import Logger
 from gunicorn.http import wsgi
+
+METRICS = "PROMETHEUS_MULTIPROC_DIR"
+READ_SECONDS = 20  # in which a client takes in what it is sent, or something of it
 
 # A connection is a file, and the soft limit is often 1024.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -32,9 +37,8 @@ graceful_timeout = 10
 # A socket in the home folder through which the server could be steered.
 control_socket_disable = True
 
-# Where the workers' counters are added up. Prometheus takes a restart for what it is.
-if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+# By default a SCRIPT_NAME from localhost would be believed: where the service is mounted, and so what its paths are.
+forwarder_headers = ""
 
 # Logs are a stream on stdout (https://12factor.net/logs), a JSON object a line, UTC.
 logconfig_dict = {
@@ -109,13 +113,28 @@ def on_starting(server):
     In a process of its own: what the app imports must not be there before gevent has patched the worker.
     """
     module = server.app.app_uri.partition(":")[0]
-    looked = subprocess.run([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
+    environ = {name: value for name, value in os.environ.items() if name != METRICS}
+    looked = subprocess.run([sys.executable, "-m", module], env=environ, stdout=subprocess.PIPE, text=True)
     for line in looked.stdout.splitlines():
         server.log.warning(line)
     if looked.returncode:
         sys.exit(1)
+    # Where the workers' counters are added up, from zero on. Prometheus takes a restart for what it is.
+    server.metrics_folder = None if METRICS in os.environ else tempfile.mkdtemp(prefix="metrics-")
+    folder = Path(os.environ.setdefault(METRICS, server.metrics_folder or ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.db"):
+        old.unlink()
+
+
+def when_ready(server):
+    """Cut those who do not read their answers: a connection of theirs would last for ever."""
+    for listener in server.LISTENERS:
+        if listener.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
 
 
 def on_exit(server):
     """Leave nothing behind."""
-    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    if server.metrics_folder:
+        shutil.rmtree(server.metrics_folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from flask import Flask, Request, Response
 from flask.globals import request_ctx
 from flask.sessions import SessionInterface
 from flask_cors import CORS
+from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import MapAdapter
 
@@ -56,6 +57,8 @@ class Service(Flask):
         """Routes by path and method; what is asked of Host and subdomains elsewhere makes no difference here."""
         if request is None:
             return None
+        if request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug takes for a single slash
+            raise NotFound
         return self.url_map.bind(
             "localhost", request.root_path or "/", path_info=request.path, default_method=request.method
         )

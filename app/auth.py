@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jwt
 from cachetools import TLRUCache
 from flask import current_app, g, request
-from werkzeug.exceptions import NotFound
 
 from app.config import Config
 from app.keys import Keys
@@ -137,15 +136,12 @@ def bearer_token(environ: Mapping[str, Any]) -> str:
 def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
     """Let a view run only with a valid token; the subject is then in `g.subject`.
 
-    Raises what `bearer_token` and `TokenVerifier.verify` raise, and NotFound for a path with two slashes in front.
+    Raises what `bearer_token` and `TokenVerifier.verify` raise.
     """
 
     @functools.wraps(view)
     def guarded(**kwargs: Any) -> Any:
-        environ = request.environ
-        if environ["PATH_INFO"].startswith("//"):  # which Werkzeug takes for a single slash
-            raise NotFound
-        g.subject = current_app.extensions["token_verifier"].verify(bearer_token(environ))
+        g.subject = current_app.extensions["token_verifier"].verify(bearer_token(request.environ))
         return view(**kwargs)
 
     return guarded

@@ -13,6 +13,7 @@ from app.auth import TokenInvalid, bearer_token
 bp = Blueprint("metrics", __name__)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
+METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
 
 
@@ -58,7 +59,9 @@ class Metrics:
     def request(self, request: Request, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
         rule = request.url_rule
-        labels = (rule.rule if rule else "none", request.method, status)
+        # Any word can be sent as a method.
+        method = request.method if request.method in METHODS else "other"
+        labels = (rule.rule if rule else "none", method, status)
         child = self._children.get(labels)
         if child is None:
             child = self._children[labels] = self._requests.labels(*labels)

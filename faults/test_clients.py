@@ -197,6 +197,25 @@ def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture
         assert alive == 5000
 
 
+def test_no_reading(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+    """A client who asks for very much and reads nothing of it is cut off."""
+    with gunicorn_process(environ, 1) as (process, port), socket.socket() as connection:
+        [worker] = children(process)
+
+        def files() -> int:
+            return len(list(Path(f"/proc/{worker}/fd").iterdir()))
+
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        time.sleep(1)
+        began, served = time.monotonic(), files()
+        time.sleep(6)
+        assert files() == served  # it is not the keep-alive timeout that ends it
+        until(lambda: files() < served, 30)
+    figures(f"reading nothing: cut after {time.monotonic() - began:.0f} s", capsys)
+
+
 class Clients:
     """Threads that send heartbeats over connections they keep, until told to stop; nothing is tried twice.
 

@@ -123,6 +123,14 @@ def test_leading_slashes(alice: Caller, method: str, path: str) -> None:
     assert refused(alice, method, "/" + path.format(id=alice.open())) == 404
 
 
+@pytest.mark.parametrize("slashes", ["/", "//"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/start.js"])
+def test_leading_slashes_without_token(alice: Caller, path: str, slashes: str) -> None:
+    """Nor is one of those that ask for no token."""
+    assert alice.raw("GET", path).status_code == 200
+    assert refused(alice, "GET", slashes + path) == 404
+
+
 JSON = "application/json"
 OBJECTS = {
     "not JSON": (b"{", 400),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
@@ -240,6 +241,32 @@ def test_strange_id(connection: http.client.HTTPConnection, id: str) -> None:
     expected = ask(connection, "POST", f"/sessions/{MISSING}/heartbeat")[:2]
     assert expected[0] == 404
     assert ask(connection, "POST", f"/sessions/{id}/heartbeat")[:2] == expected
+
+
+def test_script_name(connection: http.client.HTTPConnection, id: str) -> None:
+    """What a request says of where the service is mounted counts for nothing, so that it gets past no rule either."""
+    for path, status in ((f"/sessions/{id}", 200), (f"/x/sessions/{id}", 404)):
+        connection.request("GET", path, headers={"SCRIPT_NAME": "/x", "Authorization": f"Bearer {token()}"})
+        response = connection.getresponse()
+        assert (response.status, response.headers["Content-Type"]) == (status, "application/json")
+        response.read()
+
+
+def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
+    """A folder for metrics that the operator names is made where it is missing, emptied of old metrics, and kept."""
+    own = folder / "metrics"
+    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "PROMETHEUS_MULTIPROC_DIR": str(own)}
+    for _ in range(2):
+        with gunicorn_process(environ) as (process, port):
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+                ask(connection, "GET", "/healthz")
+                connection.request("GET", "/metrics")
+                text = connection.getresponse().read().decode()
+            process.terminate()
+            assert process.wait(10) == 0
+        assert 'http_request_duration_seconds_count{method="GET",route="/healthz",status="200"} 1.0' in text
+        (own / "of the operator's").touch()
+        assert (own / "of the operator's").exists()
 
 
 def test_stops(redis_server: RedisServer) -> None:
