@@ -245,8 +245,12 @@ class Config:
             problems.append(
                 f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {', '.join(unfit)} cannot be used with {given[0]}"
             )
+        if self.redis_wait_replicas and self.redis_url.startswith("memory://"):
+            problems.append("REDIS_WAIT_REPLICAS: memory:// has no replicas")
         if self.redis_ca_certs and not self.redis_tls_verify:
             problems.append("REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off")
+        if self.redis_ca_certs and self.redis_url and not self.redis_url.startswith("rediss://"):
+            problems.append("REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted")
         if self.session_idle_seconds > self.session_idle_max_seconds:
             problems.append(
                 f"SESSION_IDLE_SECONDS={self.session_idle_seconds}: must not be more than "

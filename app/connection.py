@@ -10,18 +10,16 @@ from urllib.parse import unquote, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.exceptions import ReadOnlyError, RedisClusterException, RedisError
+from redis.exceptions import AskError, ReadOnlyError, RedisClusterException, RedisError
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
 
 from app.config import Config, addresses_of
 
 log = logging.getLogger(__name__)
 
-# Per worker. A heartbeat holds one for well under a millisecond; small Redis plans allow 20 clients in all.
+# Per worker and server. A heartbeat holds one for well under a millisecond; small Redis plans allow 20 clients in all.
 POOL_SIZE = 10
-# Per worker and node, where redis-py has no queue: who finds all of them in use is told so at once.
-CLUSTER_POOL_SIZE = 100
 
 
 class Single:
@@ -38,15 +36,16 @@ class Single:
         """The clients of all servers that take writes."""
         return [self._client]
 
-    def follow(self, command: Sequence[Any]) -> Any:
-        """Send a command where a server has redirected us; only a cluster redirects."""
-        return self._client.execute_command(*command)
+    def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
+        """Only a cluster redirects."""
+        raise redirection
 
     def failed(self, error: Exception) -> None:
         """Take notice of trouble with a server."""
         if isinstance(error, ReadOnlyError):
-            # The primary has moved to another host under the same name; only a new connection finds it.
-            self._client.connection_pool.disconnect()
+            # The primary has moved to another host under the same name; only a new connection finds it. Those that
+            # are in use are their users' to close: each of them gets to see the same error.
+            self._client.connection_pool.disconnect(inuse_connections=False)
 
 
 class Cluster:
@@ -57,6 +56,7 @@ class Cluster:
     def __init__(self, connect: Callable[[], RedisCluster]) -> None:
         self._connect = connect
         self._cluster: RedisCluster | None = None
+        self._trouble = ""
         self._renewing = threading.Lock()
         self._renew()
 
@@ -74,10 +74,14 @@ class Cluster:
         cluster = self._reached()
         return [cluster.get_redis_connection(node) for node in cluster.get_primaries()]
 
-    def follow(self, command: Sequence[Any]) -> Any:
+    def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
         """Send a command where MOVED or ASK points to, and learn from it."""
+        cluster = self._reached()
+        # redis-py goes only where its map has a node, and one that is just getting its first slot is in no map.
+        node = ClusterNode(redirection.host, redirection.port)
+        cluster.nodes_manager.nodes_cache.setdefault(node.name, node)
         try:
-            return self._reached().execute_command(*command)
+            return cluster.execute_command(*command)
         except RedisClusterException as error:
             raise redis.ConnectionError(str(error)) from error
 
@@ -88,7 +92,7 @@ class Cluster:
     def _reached(self) -> RedisCluster:
         if self._cluster is None:
             self._renew_soon()
-            raise redis.ConnectionError("no node of the cluster has answered yet")
+            raise redis.ConnectionError(f"no node of the cluster has answered yet: {self._trouble}")
         return self._cluster
 
     def _renew_soon(self) -> None:
@@ -110,7 +114,11 @@ class Cluster:
             else:
                 self._cluster.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
         except (RedisError, RedisClusterException, OSError) as error:
-            log.warning("slots_not_renewed", extra={"reason": type(error).__name__})
+            if not self._trouble:
+                log.warning("slots_not_renewed", extra={"reason": str(error)})
+            self._trouble = str(error)
+        else:
+            self._trouble = ""
 
 
 Servers = Single | Cluster
@@ -131,6 +139,10 @@ def connect(config: Config) -> Servers:
         # RESP3 would come with maintenance notifications, which switch off the check for stale connections.
         "protocol": 2,
     }
+    if url.scheme != "rediss":
+        # Without this each new connection begins with two commands that tell of redis-py, and waits for each. Over TLS
+        # it has to read something: session tickets on their way make the pool take it for one that is not ready.
+        timeouts["driver_info"] = None
     queue: dict[str, Any] = {
         "max_connections": POOL_SIZE,
         "timeout": config.redis_timeout_seconds / 2,
@@ -140,14 +152,7 @@ def connect(config: Config) -> Servers:
     if url.scheme == "redis+sentinel":
         return Single(_by_sentinel(config, credentials, timeouts, queue))
     if url.scheme == "redis+cluster":
-        nodes = [ClusterNode(host, port) for host, port in addresses_of(config.redis_url)]
-        options: dict[str, Any] = {
-            **credentials,
-            **timeouts,
-            "decode_responses": True,
-            "max_connections": CLUSTER_POOL_SIZE,
-        }
-        return Cluster(lambda: RedisCluster(startup_nodes=list(nodes), retry=_retries(0), **options))
+        return Cluster(lambda: _by_cluster(config, credentials, timeouts, queue))
     tls = _tls(config) if url.scheme == "rediss" else {}
     pool = redis.BlockingConnectionPool.from_url(config.redis_url, retry=_retries(1), **timeouts, **queue, **tls)
     return Single(redis.Redis(connection_pool=pool))
@@ -168,6 +173,22 @@ def _tls(config: Config) -> dict[str, Any]:
     return {"ssl_ca_certs": pinned} if pinned else {}
 
 
+def _by_cluster(config: Config, credentials: Any, timeouts: Any, queue: Any) -> RedisCluster:
+    (host, port), *others = addresses_of(config.redis_url)
+    return RedisCluster(
+        # Only with a URL does redis-py take a pool of another kind: one with a queue.
+        url=f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}",
+        startup_nodes=[ClusterNode(*address) for address in others],
+        connection_pool_class=redis.BlockingConnectionPool,
+        # After a restart under new addresses the ones in the URL are the only ones that hold.
+        dynamic_startup_nodes=False,
+        retry=_retries(0),
+        **credentials,
+        **timeouts,
+        **queue,
+    )
+
+
 class _CleanConnection(SentinelManagedConnection):
     """One that is closed when its reader is interrupted: the reply left on it would be the next caller's."""
 
@@ -176,14 +197,43 @@ class _CleanConnection(SentinelManagedConnection):
 
 
 class _SentinelPool(SentinelConnectionPool, redis.BlockingConnectionPool):
-    """Sentinel's pool, where those who find all connections in use wait in a queue."""
+    """Sentinel's pool, where those who find all connections in use wait in a queue, and nobody waits for sentinels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._trouble = "no sentinel was asked yet"
+        # Connections ask us, not redis-py's proxy, which would ask every sentinel for each of them.
+        self.connection_kwargs["connection_pool"] = self
+
+    def get_master_address(self) -> tuple[str, int]:
+        """The primary's address, as the sentinels last had it. Raises MasterNotFoundError where they never had."""
+        if self.master_address is None:
+            raise MasterNotFoundError(self._trouble)
+        return self.master_address  # type: ignore[no-any-return]
+
+    def owns_connection(self, connection: Any) -> bool:
+        """Also one that has never reached a primary; redis-py would let go of it and yet keep it in its list."""
+        return not connection.is_connected or super().owns_connection(connection)  # type: ignore[no-untyped-call]
+
+    def watch(self) -> None:
+        """Ask for the primary twice a second: the pool would go on writing to the old one until that is told."""
+        while True:
+            self.look()
+            time.sleep(0.5)
+
+    def look(self) -> None:
+        """Ask for the primary; where it has changed the idle connections to the old one are closed."""
+        try:
+            self.proxy.get_master_address()
+        except Exception as error:  # whatever a sentinel says, next time another one may know better
+            self._trouble = str(error)
 
 
 def _by_sentinel(config: Config, credentials: Any, timeouts: Any, queue: Any) -> redis.Redis:
     _, service, *db = urlsplit(config.redis_url).path.split("/")
     # No retries: a dead sentinel costs one timeout, and the next one is asked.
     sentinel = Sentinel(addresses_of(config.redis_url), sentinel_kwargs={**timeouts, "retry": _retries(0)})
-    pool = _SentinelPool(  # type: ignore[no-untyped-call]
+    pool = _SentinelPool(
         service,
         sentinel,
         connection_class=_CleanConnection,
@@ -193,19 +243,9 @@ def _by_sentinel(config: Config, credentials: Any, timeouts: Any, queue: Any) ->
         **timeouts,
         **queue,
     )
-    threading.Thread(target=_watch, args=(pool,), name="sentinel", daemon=True).start()
+    pool.look()
+    threading.Thread(target=pool.watch, name="sentinel", daemon=True).start()
     return redis.Redis(connection_pool=pool)
-
-
-def _watch(pool: _SentinelPool) -> None:
-    """Ask for the primary twice a second: the pool would go on writing to the old one until that is told."""
-    while True:
-        time.sleep(0.5)
-        try:
-            # Where it has changed this closes the idle connections to the old one.
-            pool.get_master_address()  # type: ignore[no-untyped-call]
-        except (RedisError, OSError):
-            pass  # the next call that needs a connection says so to its caller
 
 
 def _in_process() -> redis.Redis:

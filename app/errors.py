@@ -48,7 +48,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(TokenMissing, token_missing)
     app.register_error_handler(TokenInvalid, token_invalid)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
-    app.register_error_handler(StoreUnavailable, lambda _: failed())
+    app.register_error_handler(StoreUnavailable, store_unavailable)
     app.register_error_handler(Exception, unexpected)
 
 
@@ -109,6 +109,13 @@ def session_not_found(e: SessionNotFound) -> Response:
 def too_many_sessions(e: TooManySessions) -> Response:
     emit("limit_reached", subject=g.subject)
     return error(429, headers=retry_after(30))
+
+
+def store_unavailable(e: StoreUnavailable) -> Response:
+    # It may have been done, and later nothing would tell such an end from an expiry.
+    if request.endpoint in ("sessions.revoke", "sessions.revoke_all"):
+        emit("revoke_uncertain", subject=g.subject, session=(request.view_args or {}).get("id"))
+    return failed()
 
 
 def unexpected(e: Exception) -> Response:

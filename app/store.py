@@ -6,14 +6,16 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
+import gevent
 import redis
+from gevent.monkey import is_module_patched
 from redis.exceptions import AskError, NoScriptError, RedisError, ResponseError
 
 from app.config import Config
@@ -33,6 +35,10 @@ class TooManySessions(Exception):
 
 class StoreUnavailable(Exception):
     """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
+
+
+class Unconfirmed(StoreUnavailable):
+    """It was done, but not by as many replicas as the configuration asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +70,10 @@ class Renewal(NamedTuple):
 class Script:
     """A Lua file and the name that Redis keeps it under."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, repeatable: bool = True) -> None:
+        """`repeatable` is what does no harm, and says the same, when it is sent again after its reply was lost."""
         self.name = name
+        self.repeatable = repeatable
         self.source = (Path(__file__).parent / "lua" / f"{name}.lua").read_text()
         self.sha = hashlib.sha1(self.source.encode()).hexdigest()
 
@@ -76,28 +84,34 @@ class Script:
         return ("EVAL", self.source, len(call[0]), *call[0], *call[1])
 
 
-OPEN, GET, INDEX, HEARTBEAT, REVOKE = map(Script, ("open", "get", "index", "heartbeat", "revoke"))
+OPEN, GET, INDEX, HEARTBEAT = map(Script, ("open", "get", "index", "heartbeat"))
+REVOKE = Script("revoke", repeatable=False)
 
 # A call of a script: its keys, then its arguments.
 Call = tuple[Sequence[str], Sequence[str | int]]
 Command = tuple[str | int, ...]
 Observe = Callable[[str, int, float], None]
+PING_SECONDS = 1.5  # time for three primaries that do not answer
 
 
 class Confirmation:
     """Whether a primary's replicas have a write, so that whichever of them takes over has it too.
 
     All that are attached have to say so. One that has left may just have been promoted, with the others still
-    confirming what will be thrown away; only after SETTLED seconds is it taken for lost, and the rest will do.
+    confirming what will be thrown away; only after SETTLED seconds is it taken for lost, and the rest will do. One
+    that hangs, and so has not got the write before this one either, counts as having left.
     """
 
     SETTLED = 5.0
     WAIT_MS = 100
 
-    def __init__(self, least: int) -> None:
+    def __init__(self, least: int, role: Sequence[Any]) -> None:
+        """`role` is the primary's reply to ROLE: its kind, its offset, and address, port and offset of its replicas."""
         self._least = least
-        self._attached = 0
+        self._offset, self._attached = 0, 0
         self._fewer_since: float | None = None
+        if role[0] == "master":
+            self._offset, self._attached = role[1], len(role[2])
 
     @property
     def commands(self) -> Sequence[Command]:
@@ -106,7 +120,9 @@ class Confirmation:
 
     def given(self, confirmed: int, role: Sequence[Any]) -> bool:
         """Whether the replies to `commands` are enough."""
-        needed, attached, now = max(self._least, self._attached), len(role[2]), time.monotonic()
+        needed, now = max(self._least, self._attached), time.monotonic()
+        attached = sum(int(offset) >= self._offset for _, _, offset in role[2])
+        self._offset = role[1]
         if attached < self._attached and self._fewer_since is None:
             self._fewer_since = now
         elif attached >= self._attached or now - (self._fewer_since or now) >= self.SETTLED:
@@ -117,90 +133,115 @@ class Confirmation:
 class Scripts:
     """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
-    def __init__(self, servers: Servers, replicas: int, observe: Observe) -> None:
-        """`replicas` is how many have to confirm what is run durably; `observe` hears of round trips."""
+    def __init__(self, servers: Servers, config: Config, observe: Observe) -> None:
+        """`observe` hears of every round trip: the script, the number of its calls, and the seconds it took."""
         self._observe = observe
         self._servers = servers
-        self._replicas = replicas
+        self._replicas = config.redis_wait_replicas
+        # A call to Redis with all that it takes: a connection out of the pool, or a new one, and lost scripts.
+        self._seconds = config.redis_timeout_seconds + 0.1
         self._confirmations: WeakKeyDictionary[redis.Redis, Confirmation] = WeakKeyDictionary()
         self._in_trouble: set[tuple[str, redis.Redis | None]] = set()
 
     def run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> list[Any]:
         """Run a script for each call, in one round trip; `durably` where it must not be lost in a failover.
 
-        Raises StoreUnavailable where any fails or the replicas do not confirm in time; it may then have taken effect.
+        Raises StoreUnavailable where any fails, and Unconfirmed where the replicas do not confirm it in time.
         """
         if not calls:
             return []
         with unavailable():
-            confirmation = None
-            if durably and self._replicas:
-                client = self._servers.client_for(calls[0][0][0])
-                confirmation = self._confirmations.setdefault(client, Confirmation(self._replicas))
+            confirmation = self._confirmation(calls) if durably and self._replicas else None
             replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
-        if confirmation and not confirmation.given(*replies[len(calls) :]):
-            raise StoreUnavailable("not confirmed by enough replicas")
+        if confirmation:
+            given = confirmation.given(*replies[len(calls) :])
+            error = None if given else Unconfirmed("not confirmed by enough replicas")
+            self._notice("replicas", None, error)
+            if error:
+                raise error
         return replies[: len(calls)]
 
+    def _confirmation(self, calls: Sequence[Call]) -> Confirmation:
+        client = self._servers.client_for(calls[0][0][0])
+        if client not in self._confirmations:
+            with within(self._seconds):
+                self._confirmations[client] = Confirmation(self._replicas, client.execute_command("ROLE"))
+        return self._confirmations[client]
+
     def try_each(self, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
-        """Run a script for each call, and then some `last` commands, in one round trip. Gives replies or errors.
+        """Run a script for each call, and `last` a Confirmation's commands, in one round trip. Gives replies or errors.
 
         It takes two round trips where Redis has lost the script, as it does in every restart and failover. EVAL
         brings one back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead one.
         """
         client, began = None, time.perf_counter()
         try:
-            client = self._servers.client_for(calls[0][0][0])
-            replies = self._try_each(client, script, calls, last)
+            with within(self._seconds):
+                client = self._servers.client_for(calls[0][0][0])
+                replies = self._try_each(client, script, calls, last)
         except (RedisError, OSError) as error:
-            self._notice(script, client, error)
+            self._notice(script.name, client, error)
             raise
         finally:
             self._observe(script.name, len(calls), time.perf_counter() - began)
-        self._notice(script, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
+        self._notice(script.name, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
         return replies
 
     def _try_each(
         self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command]
     ) -> list[Any]:
-        replies = _send(client, [*(script.by_name(call) for call in calls), *last])
+        replies = _send(client, [*(script.by_name(call) for call in calls), *last], again=script.repeatable)
         lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if lost:
-            again = _send(client, [*(script.in_full(calls[i]) for i in lost), *last])
+            again = _send(client, [*(script.in_full(calls[i]) for i in lost), *last], again=script.repeatable)
             for i, reply in zip([*lost, *range(len(calls), len(replies))], again):
                 replies[i] = reply
-        # MOVED and ASK, while a cluster moves slots. The first one that cannot be followed speaks for the rest.
-        for i in [i for i, reply in enumerate(replies) if isinstance(reply, AskError)]:
-            replies[i] = self._servers.follow(script.in_full(calls[i]))
+        # MOVED and ASK, while a cluster moves slots; MovedError is an AskError to redis-py.
+        moved = [i for i, reply in enumerate(replies[: len(calls)]) if isinstance(reply, AskError)]
+        for i in moved:
+            replies[i] = self._follow(replies[i], script.in_full(calls[i]))
+        if moved and last:
+            replies[len(calls)] = 0  # to WAIT: the replicas that were asked are another server's
         return replies
 
-    def _notice(self, script: Script, client: redis.Redis | None, error: Exception | None) -> None:
+    def _follow(self, redirection: AskError, command: Command) -> Any:
+        """A reply or an error: the other calls of a batch have nothing to do with where this one went."""
+        try:
+            return self._servers.follow(redirection, command)
+        except (RedisError, OSError) as error:
+            return error
+
+    def _notice(self, what: str, client: redis.Redis | None, error: Exception | None) -> None:
         """Log trouble once when it begins and once when it is over.
 
         For each script, since a full Redis refuses only some, and each server, since a cluster seldom fails as a whole.
         """
-        where = (script.name, client)
+        where = (what, client)
         if error is not None:
             self._servers.failed(error)
             if where not in self._in_trouble:
                 self._in_trouble.add(where)
-                log.error("redis_unavailable", extra={"script": script.name, "reason": _described(error)})
+                log.error("redis_unavailable", extra={"script": what, "reason": _described(error)})
         elif where in self._in_trouble:
             self._in_trouble.discard(where)
-            log.warning("redis_available", extra={"script": script.name})
+            log.warning("redis_available", extra={"script": what})
 
 
-def _send(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
-    """What redis-py's pipeline does, at half its cost: it is built for more kinds of commands than one."""
+def _send(client: redis.Redis, commands: Sequence[Command], *, again: bool) -> list[Any]:
+    """What redis-py's pipeline does, at half its cost: it is built for more kinds of commands than one.
+
+    Where the connection breaks they are sent `again`, if that may be: who breaks it has perhaps done them already.
+    """
     pool = client.connection_pool
     connection = pool.get_connection()
     try:
         return _exchange(connection, commands)
     except redis.ConnectionError:
-        # The server may have closed the connection while it was idle, which shows only now.
+        if not again:
+            raise
         return _exchange(connection, commands)
     finally:
         # Where a reply did not come the connection has been closed: no other caller will find it there.
@@ -225,7 +266,7 @@ class SessionStore:
     def __init__(self, config: Config, servers: Servers, observe: Observe = lambda *_: None) -> None:
         """`observe` hears of every round trip: the script, the number of its calls, and the seconds it took."""
         self._servers = servers
-        self._scripts = Scripts(servers, config.redis_wait_replicas, observe)
+        self._scripts = Scripts(servers, config, observe)
         # One for each server, so that one which hangs holds up nobody else.
         self._heartbeats: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
         self._idle_timeout = config.session_idle_seconds
@@ -253,7 +294,13 @@ class SessionStore:
         prefix = session_key(subject, "")
         keys = [index_key(subject), prefix + id]
         args: list[str | int] = [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields]
-        [reply] = self._scripts.run(OPEN, [(keys, args)], durably=True)
+        try:
+            [reply] = self._scripts.run(OPEN, [(keys, args)], durably=True)
+        except Unconfirmed:
+            # Nobody gets to know of it, and yet it would count against the limit.
+            with suppress(StoreUnavailable):
+                self._scripts.run(REVOKE, [_revocation(subject, id)])
+            raise
         if reply is None:
             raise TooManySessions
         return _session(id, reply)
@@ -269,9 +316,10 @@ class SessionStore:
         """The subject's live sessions, the most recently active first."""
         ids = self._indexed(subject)
         replies = self._scripts.run(GET, [([session_key(subject, id)], []) for id in ids])
-        # The index is tidied: what has died stays dead, so nothing can have come in between.
+        # The index is tidied: what has died stays dead, so nothing can have come in between. It need not be now.
         dead = [id for id, reply in zip(ids, replies) if reply is None]
-        self._scripts.run(REVOKE, [_revocation(subject, id) for id in dead])
+        with suppress(StoreUnavailable):
+            self._scripts.run(REVOKE, [_revocation(subject, id) for id in dead])
         live = [_session(id, reply) for id, reply in zip(ids, replies) if reply is not None]
         return sorted(live, key=lambda session: session.last_activity_ms, reverse=True)
 
@@ -302,10 +350,14 @@ class SessionStore:
         return sum(self._scripts.run(REVOKE, [_revocation(subject, id) for id in ids], durably=True))
 
     def ping(self) -> None:
-        """Ask Redis whether it is there, every primary of a cluster."""
-        with unavailable():
-            for client in self._servers.clients():
-                client.ping()
+        """Ask Redis whether it is there. Of a cluster one primary is enough: the subjects of the others are served."""
+        with unavailable(), within(PING_SECONDS):
+            *others, last = self._servers.clients()
+            for client in others:
+                with suppress(RedisError, OSError):
+                    client.ping()
+                    return
+            last.ping()
 
     def _indexed(self, subject: str) -> Sequence[str]:
         return self._scripts.run(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
@@ -330,6 +382,26 @@ def session_key(subject: str, id: str) -> str:
 
 def index_key(subject: str) -> str:
     return f"sessions:{{{owner(subject)}}}"
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Give up after so long, whatever it is that takes its time: names, handshakes, sentinels, a crowd.
+
+    That takes gevent, which is everywhere in a worker; where it is not only the sockets' timeouts count.
+    Raises redis.TimeoutError, and only here: inside, redis-py would take that for one of its own and try again.
+    """
+    if not is_module_patched("socket"):
+        yield
+        return
+    timeout = gevent.Timeout(seconds)
+    try:
+        with timeout:
+            yield
+    except gevent.Timeout as late:
+        if late is not timeout:
+            raise
+        raise redis.TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 @contextmanager

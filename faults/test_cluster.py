@@ -17,32 +17,39 @@ from faults.load import Load, headers
 from tests.conftest import SECRET
 from tests.servers import free_port, gunicorn, required, running, until
 
+KNOWN = {"cluster_state": "ok", "cluster_known_nodes": "7"}
+
 
 class Six:
     """Three primaries with a replica each."""
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
-        server, cli = required("redis-server"), required("redis-cli")
+        cli = required("redis-cli")
         self.processes, self.clients = {}, {}
-        while len(self.processes) < 6:
-            port = free_port()
-            if port + 10_000 > 65_535 or port in self.processes:  # the nodes talk to each other up there
-                continue
-            home = folder / str(port)
-            home.mkdir()
-            command = [server, "--port", str(port), "--save", "", "--dir", str(home), "--cluster-enabled", "yes"]
-            command += ["--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0"]
-            # One shard that is down must not take the others along.
-            command += ["--cluster-require-full-coverage", "no"]
-            self.processes[port] = stack.enter_context(running(command, stdout=subprocess.DEVNULL))
-            self.clients[port] = stack.enter_context(redis.Redis(port=port, decode_responses=True))
-            until(self.clients[port].ping)
+        for _ in range(6):
+            self.start(stack, folder)
         nodes = [f"127.0.0.1:{port}" for port in self.processes]
         create = [cli, "--cluster", "create", *nodes, "--cluster-replicas", "1", "--cluster-yes"]
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL, timeout=60)
         self.primaries = list(self.processes)[:3]
         until(lambda: all(self._is_safe(port) for port in self.primaries), 60)
         self.url = "redis+cluster://" + ",".join(nodes[:2])
+
+    def start(self, stack: ExitStack, folder: Path) -> int:
+        """Start a node that belongs to nobody yet; gives its port."""
+        port = free_port()
+        while port + 10_000 > 65_535 or port in self.processes:  # the nodes talk to each other up there
+            port = free_port()
+        home = folder / str(port)
+        home.mkdir()
+        command = [required("redis-server"), "--port", str(port), "--save", "", "--dir", str(home)]
+        command += ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0"]
+        # One shard that is down must not take the others along.
+        command += ["--cluster-require-full-coverage", "no"]
+        self.processes[port] = stack.enter_context(running(command, stdout=subprocess.DEVNULL))
+        self.clients[port] = stack.enter_context(redis.Redis(port=port, decode_responses=True))
+        until(self.clients[port].ping)
+        return port
 
     def _is_safe(self, port: int) -> bool:
         replication = self.clients[port].info("replication")
@@ -106,18 +113,30 @@ def test_primary_hangs(six: Six, address: str) -> None:
     assert {status for at, _, status, _ in load.answers[-20:]} == {200}
 
 
-def test_slot_moved(six: Six, address: str) -> None:
+@pytest.mark.parametrize("to", ["a node that has slots", "a new node"])
+def test_slot_moved(six: Six, address: str, tmp_path: Path, to: str) -> None:
     """While a slot moves between nodes its sessions are kept alive, and none is called gone."""
     here, elsewhere = shared_out(six)
     subject, slot = here[0], key_slot(index_key(here[0]).encode())
-    source, target = six.clients[six.primaries[0]], six.clients[six.primaries[1]]
+    with ExitStack() as stack:
+        port = six.primaries[1]
+        if to == "a new node":
+            port = six.start(stack, tmp_path)
+            six.clients[port].execute_command("CLUSTER", "MEET", "127.0.0.1", six.primaries[0])
+            for client in six.clients.values():
+                until(lambda: KNOWN.items() <= client.cluster("info").items())
+        move_slot(six, address, subject, slot, port, elsewhere[:3])
+
+
+def move_slot(six: Six, address: str, subject: str, slot: int, port: int, others: list[str]) -> None:
+    source, target = six.clients[six.primaries[0]], six.clients[port]
     ids = {client: client.execute_command("CLUSTER MYID") for client in (source, target)}
-    with Load(address, [subject, *elsewhere[:3]]) as load:
+    with Load(address, [subject, *others]) as load:
         target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
         source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
         for key in source.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
             time.sleep(0.3)
-            source.execute_command("MIGRATE", "127.0.0.1", six.primaries[1], key, 0, 1000)
+            source.execute_command("MIGRATE", "127.0.0.1", port, key, 0, 1000)
             listed = requests.get(f"{address}/sessions", headers=headers(subject), timeout=10)
             assert listed.status_code == 500 or [s["id"] for s in listed.json()["sessions"]] == [load.sessions[subject]]
         time.sleep(0.3)

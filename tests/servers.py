@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,41 @@ class RedisServer:
     def __exit__(self, *exc: object) -> None:
         self.stop()
         self.client.close()
+
+
+class SlowWay:
+    """A way to a Redis over which replies come late, or not at all: with `cuts` set the connection ends instead."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.seconds, self.cuts = 0.0, False
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+
+    def __enter__(self) -> "SlowWay":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(str(self._server.socket))
+                threading.Thread(target=self._pass_on, args=(near, far, False), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(far, near, True), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, replies: bool) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while (data := source.recv(65536)) and not (replies and self.cuts):
+                time.sleep(self.seconds if replies else 0)
+                target.sendall(data)
+            for end in (source, target):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def log_lines(file: Path) -> list[dict]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.exceptions import MovedError
 
 from app import create_app
 from app.config import Config
-from app.connection import Cluster, Single, connect
+from app.connection import POOL_SIZE, Cluster, Single, connect
 from app.health import inspect
 from tests.conftest import SECRET, Caller
 from tests.servers import free_port, required, running, until
@@ -101,7 +102,8 @@ def test_cluster_follows(cluster_url: str) -> None:
     """What has moved is followed to where it is said to be."""
     servers = connect(config(cluster_url))
     assert isinstance(servers, Cluster)
-    assert servers.follow(("ZCARD", "sessions:{alice}")) == 0
+    moved = MovedError(f"0 127.0.0.1:{free_port()}")
+    assert servers.follow(moved, ("ZCARD", "sessions:{alice}")) == 0
     servers.failed(redis.ConnectionError())  # has the map of slots renewed
     assert servers.client_for("sessions:{alice}").ping()
     for client in servers.clients():
@@ -131,9 +133,55 @@ def test_primary_moved(primary: redis.Redis) -> None:
 
 
 def test_replicas_do_not_confirm(primary: redis.Redis) -> None:
-    """Where replicas have to confirm and there are none, opens are 500s and heartbeats are not."""
+    """Where replicas have to confirm and there are none, opens are 500s and leave nothing, and heartbeats are not."""
     address = primary.connection_pool.connection_kwargs
     app = create_app(config(f"redis://:p%40ss@127.0.0.1:{address['port']}", redis_wait_replicas=1))
     assert Caller(app).post("/sessions").status_code == 500
+    assert primary.keys() == []
     assert Caller(app).heartbeat("A" * 32).status_code == 404
     disconnect(app)
+
+
+def test_sentinel_pool_is_bounded() -> None:
+    """However often the primary cannot be reached, no more connections are kept than the pool may have."""
+    servers = connect(config(f"redis+sentinel://127.0.0.1:{free_port()}/main"))
+    [client] = servers.clients()
+    for _ in range(3 * POOL_SIZE):
+        with pytest.raises(redis.ConnectionError):
+            client.ping()
+    assert len(client.connection_pool._connections) <= POOL_SIZE
+
+
+def test_cluster_pool(cluster_url: str) -> None:
+    """Callers of a cluster's node queue for its connections, as many as a single server's."""
+    [client] = connect(config(cluster_url)).clients()
+    assert isinstance(client.connection_pool, redis.BlockingConnectionPool)
+    assert (client.connection_pool.max_connections, client.connection_pool.timeout) == (POOL_SIZE, 0.25)
+    client.connection_pool.disconnect()
+
+
+def test_cluster_under_another_address(cluster_url: str) -> None:
+    """A cluster that has announced addresses where nobody is is found again where the URL says."""
+    app = create_app(config(cluster_url))
+    alice = Caller(app)
+    id = alice.open()
+    with redis.Redis.from_url(cluster_url.replace("redis+cluster", "redis")) as node:
+        node.config_set("cluster-announce-ip", "127.1.2.3")
+        node.config_set("bind", "127.0.0.1")
+        app.extensions["servers"].failed(redis.ConnectionError())
+        until(lambda: alice.heartbeat(id).status_code == 500)
+        node.config_set("cluster-announce-ip", "127.0.0.1")
+        until(lambda: alice.heartbeat(id).status_code == 200)
+    disconnect(app)
+
+
+def test_read_only_connections_in_use(primary: redis.Redis) -> None:
+    """A connection that another caller is using is left to them when a Redis turns out to be a replica."""
+    servers = connect(config(f"redis://:p%40ss@127.0.0.1:{primary.connection_pool.connection_kwargs['port']}"))
+    pool = servers.clients()[0].connection_pool
+    used, idle = pool.get_connection(), pool.get_connection()
+    pool.release(idle)
+    servers.failed(redis.ReadOnlyError())
+    assert (used.is_connected, idle.is_connected) == (True, False)
+    pool.release(used)
+    pool.disconnect()
