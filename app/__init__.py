@@ -81,10 +81,10 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.extensions["session_store"] = SessionStore(config, servers, app.extensions["metrics"].round_trip)
     app.extensions["keys"] = keys
     app.extensions["token_verifier"] = TokenVerifier(config, keys)
-    app.register_blueprint(sessions.bp)
-    app.register_blueprint(health.bp)
-    for blueprint in (metrics.bp, openapi.bp, docs.bp):
+    for blueprint in (sessions.bp, health.bp, openapi.bp, docs.bp):
         app.register_blueprint(blueprint)
+    if config.metrics_token != "off":
+        app.register_blueprint(metrics.bp)
     app.extensions["openapi"] = openapi.document(app)
     for command in (cli.token, cli.sessions, cli.doctor, cli.pseudonym):
         app.cli.add_command(command)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import click
 import jwt
@@ -14,7 +15,7 @@ from app.health import Finding, inspect
 from app.keys import KeysUnavailable
 from app.schemas import rfc3339
 from app.sessions import store
-from app.store import SessionNotFound, StoreUnavailable
+from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
 
 @click.command()
@@ -32,7 +33,17 @@ def token(subject: str, seconds: int) -> None:
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
 
 
-@click.group()
+class Trouble(click.Group):
+    """Commands that end in one line where Redis is in trouble."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except StoreUnavailable as error:
+            raise click.ClickException(f"Redis is in trouble: {error}") from error
+
+
+@click.group(cls=Trouble)
 def sessions() -> None:
     """See and end the sessions of a subject."""
 
@@ -45,7 +56,7 @@ def list_sessions(subject: str) -> None:
     for session in store().list(subject):
         described = [session.login_method, session.device_name, session.ip_address, session.location]
         times = f"active {rfc3339(session.last_activity_ms)}  expires {rfc3339(session.expires_at_ms)}"
-        click.echo(f"{session.id}  {times}  {', '.join(filter(None, described))}")
+        click.echo(_printable(f"{session.id}  {times}  {', '.join(filter(None, described))}"))
 
 
 @sessions.command()
@@ -87,8 +98,8 @@ def _examine() -> Iterator[Finding]:
     yield Finding("ok", "The configuration is complete")
     yield from inspect(current_app.extensions["servers"])
     try:
-        number = len(current_app.extensions["keys"].candidates(None))
-        yield Finding("ok", f"{number} signing key{'s' * (number > 1)} loaded")
+        current_app.extensions["keys"].candidates(None)
+        yield Finding("ok", "Signing keys are loaded")
     except KeysUnavailable:
         yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
     try:
@@ -96,5 +107,11 @@ def _examine() -> Iterator[Finding]:
         store().heartbeat("doctor", id)
         store().revoke("doctor", id)
         yield Finding("ok", "A session was opened, kept alive and revoked")
-    except StoreUnavailable as error:
-        yield Finding("failure", f"A session could not be opened, kept alive and revoked: {error}")
+    except (StoreUnavailable, SessionNotFound, TooManySessions) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        yield Finding("failure", f"A session could not be opened, kept alive and revoked: {reason}")
+
+
+def _printable(text: str) -> str:
+    """Without what could move a terminal's cursor: names are the callers' own."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

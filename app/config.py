@@ -155,6 +155,13 @@ def parse_metrics_token(text: str) -> str:
     return text
 
 
+def parse_log_key(text: str) -> str:
+    """A parser for the key that names are hashed with."""
+    if len(text) < 16:
+        raise ValueError("must have 16 characters or more")
+    return text
+
+
 def algorithms_of(pem: str) -> tuple[str, ...]:
     """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify.
 
@@ -200,6 +207,8 @@ class Config:
     trusted_proxies: int = setting(whole(0, 16), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(parse_metrics_token, secret=True)
+    log_key: str | None = setting(parse_log_key, secret=True)
+    port: int = setting(whole(1, 65535), 8000)
     web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
 
     @classmethod
@@ -265,9 +274,9 @@ class Config:
         return algorithms_of(self.jwt_public_key) if self.jwt_public_key else PUBLIC_KEY_ALGORITHMS
 
     @property
-    def log_key(self) -> bytes:
-        """What ids and subjects are hashed with in logs: the same in every worker, and a secret where these two are."""
-        return hashlib.sha256(" ".join(["log", self.redis_url, *self.jwt_secret]).encode()).digest()
+    def pseudonym_key(self) -> bytes:
+        """What ids and subjects are hashed with in logs: the same in every worker, and a secret where these are."""
+        return hashlib.sha256((self.log_key or " ".join(["log", self.redis_url, *self.jwt_secret])).encode()).digest()
 
     @property
     def algorithms(self) -> tuple[str, ...]:

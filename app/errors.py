@@ -52,7 +52,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(Exception, unexpected)
 
 
-def error(status: int, sentence: str | None = None, headers: dict[str, str] | None = None, **more: Any) -> Response:
+def error(status: int, /, sentence: str | None = None, headers: dict[str, str] | None = None, **more: Any) -> Response:
     response = jsonify(success=False, error=sentence or SENTENCES[status], **more)
     response.status_code = status
     response.headers.update(headers or {})

@@ -23,7 +23,7 @@ def emit(event: str, *, subject: str | None = None, session: str | None = None, 
 
 def pseudonym(value: str) -> str:
     """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex."""
-    return hmac.digest(current_app.extensions["config"].log_key, value.encode(), hashlib.sha256).hex()[:16]
+    return hmac.digest(current_app.extensions["config"].pseudonym_key, value.encode(), hashlib.sha256).hex()[:16]
 
 
 def request_id() -> str:

@@ -10,6 +10,7 @@ import redis
 from flask import Blueprint, Response, current_app, jsonify
 
 from app.connection import Servers
+from app.errors import error, retry_after
 from app.store import StoreUnavailable
 
 bp = Blueprint("health", __name__)
@@ -25,17 +26,20 @@ def liveness() -> dict[str, str]:
 
 
 @bp.get("/readyz")
-def readiness() -> Response | tuple[Response, int]:
+def readiness() -> Response:
     """Whether this process can serve sessions: Redis answers, within the configured timeout.
     ---
     responses:
       200: {example: {status: ok}}
-      503: {description: Not now, example: {status: unavailable, success: false, error: Redis does not answer}}
+      503:
+        description: Not now
+        headers: {Retry-After: {required: true, schema: {type: integer, minimum: 1}, description: Seconds}}
+        example: {success: false, error: Redis does not answer, status: unavailable}
     """
     try:
         current_app.extensions["session_store"].ping()
     except StoreUnavailable:
-        return jsonify(status="unavailable", success=False, error="Redis does not answer"), 503
+        return error(503, "Redis does not answer", retry_after(1), status="unavailable")
     return jsonify(status="ok")
 
 
@@ -54,8 +58,8 @@ def inspect(servers: Servers) -> Iterator[Finding]:
             seconds = median(repeat(client.ping, number=1, repeat=9))
             yield Finding("ok", f"Redis answers in {seconds * 1000:.2f} ms")
             yield from _findings(_allowed(client.info), _allowed(lambda: client.config_get("save")))
-    except (redis.RedisError, OSError) as error:
-        yield Finding("warning", f"Redis does not answer: {type(error).__name__}: {error}")
+    except (redis.RedisError, OSError, UnicodeError) as trouble:  # the last one is for a name that can be none
+        yield Finding("warning", f"Redis does not answer: {type(trouble).__name__}: {trouble}")
 
 
 def _findings(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]:
@@ -68,8 +72,13 @@ def _findings(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]
         yield Finding("warning" if abs(skew) > 5 else "ok", f"Redis's clock is {skew:+.1f} s off this one")
     if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
         yield Finding("warning", f"Redis may evict live sessions: maxmemory-policy is {policy}, not noeviction")
-    if not (info.get("aof_enabled", 1) or config.get("save", "unknown") or info.get("connected_slaves")):
+    else:
+        yield Finding("ok", "Redis evicts nothing")
+    replicas, on_disk = info.get("connected_slaves", 0), info.get("aof_enabled", 1) or config.get("save", "unknown")
+    if not (on_disk or replicas):
         yield Finding("warning", "Redis has neither persistence nor a replica: a restart ends all sessions")
+    else:
+        yield Finding("ok", f"Redis keeps its data {'on disk' * bool(on_disk) or 'in memory'}; replicas: {replicas}")
 
 
 def _allowed(ask: Callable[[], Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import gevent
 import jwt
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from app.config import Config
+from app.config import RSA_ALGORITHMS, Config
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class JwksKeys:
         self.fetched_at = 0.0  # seconds since the epoch
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
         self._key_set: dict[str, Any] = {}
-        self._keys: dict[str, jwt.PyJWK] = {}
+        self._keys: list[tuple[str | None, Key]] = []
         self._fetch_ended = threading.Condition()
         self._asked = threading.Event()
         self._asked_at = -math.inf
@@ -64,13 +65,15 @@ class JwksKeys:
 
     def candidates(self, key_id: str | None) -> Sequence[Key]:
         """The keys to try for a `kid` (RFC 7515 §4.1.4). Raises KeysUnavailable where none could ever be loaded."""
-        if key_id is not None and key_id not in self._keys:
+        if not self._matching(key_id):
             self._ask_for_fetch()
         if not self._keys:
             raise KeysUnavailable
-        if key_id is None:
-            return list(self._keys.values())
-        return [self._keys[key_id]] if key_id in self._keys else []
+        return self._matching(key_id)
+
+    def _matching(self, key_id: str | None) -> Sequence[Key]:
+        # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
+        return [key for id, key in self._keys if key_id is None or id in (None, key_id)]
 
     def _ask_for_fetch(self) -> None:
         if time.monotonic() - self._asked_at >= self.COOLDOWN:
@@ -97,8 +100,10 @@ class JwksKeys:
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
         try:
-            key_set = self._client.fetch_data()
-            found = dict(filter(None, map(_signing_key, key_set["keys"])))
+            # FETCH_TIMEOUT is for each part of the answer that comes, however small.
+            with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
+                key_set = self._client.fetch_data()
+            found = [key for data in key_set["keys"] for key in _signing_keys(data)]
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
             return
@@ -111,15 +116,22 @@ class JwksKeys:
             self.generation += 1
 
 
-def _signing_key(data: Any) -> tuple[str, jwt.PyJWK] | None:
-    """A key of a set under its id; None where it is of no use here, secrets included (RFC 7517 §5: to be ignored)."""
+def _signing_keys(data: Any) -> Sequence[tuple[str | None, Key]]:
+    """A key of a set under its id, for each algorithm that it is for.
+
+    None at all where it is of no use here, secrets included (RFC 7517 §5: to be ignored).
+    """
     try:
         key = jwt.PyJWK(data)
-        usable = key.key_type in ("RSA", "EC", "OKP") and key.public_key_use in (None, "sig")
-        return (key.key_id, key) if usable and isinstance(key.key_id, str) else None
+        usable = key.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
+        if not usable or key.key_type not in ("RSA", "EC", "OKP") or not isinstance(key.key_id, str | None):
+            return []
+        # PyJWT would bind an RSA key that names no algorithm to RS256.
+        algorithms = RSA_ALGORITHMS if key.key_type == "RSA" and "alg" not in data else [None]
+        return [(key.key_id, jwt.PyJWK(data, algorithm)) for algorithm in algorithms]
     # What stands in a key set can be anything; one odd key does not spoil the others.
     except Exception:
-        return None
+        return []
 
 
 Keys = FixedKeys | JwksKeys

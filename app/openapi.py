@@ -37,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "sessions": {"type": "array", "items": {"$ref": "#/components/schemas/Session"}},
     "details": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
 }
+BEARER: dict[str, Any] = {"security": [{"bearer": []}]}
 RETRY_AFTER = {"required": True, "schema": {"type": "integer", "minimum": 1}, "description": "Seconds until a new try"}
 HEADERS: dict[int, Any] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string"}, "example": errors.BEARER}},
@@ -74,7 +75,10 @@ def document(app: Flask) -> str:
     for rule in app.url_map.iter_rules():
         view = app.view_functions[rule.endpoint]
         if written := read_docstring(view.__doc__ or ""):
-            methods = (rule.methods or set()) - {"HEAD"}
+            # HEAD follows from GET, and OPTIONS are a browser's own.
+            methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+            if rule.endpoint == "metrics.metrics" and app.extensions["config"].metrics_token:
+                written = {**written, **BEARER, "responses": {**written["responses"], 401: "Error401"}}
             operations = {method.lower(): operation(rule, view, written) for method in methods}
             spec.path(re.sub(r"<(.*:)?(.*)>", r"{\2}", rule.rule), operations=operations)
     return json.dumps(spec.to_dict())
@@ -87,7 +91,7 @@ def operation(rule: Rule, view: Callable[..., Any], written: dict[str, Any]) -> 
     responses = {status: completed(response) for status, response in written["responses"].items()}
     shared: dict[str, Any] = {"tags": ["operations"]}
     if rule.endpoint in errors.FAILED:
-        shared = {"tags": ["sessions"], "security": [{"bearer": []}], "parameters": sorted(rule.arguments)}
+        shared = {"tags": ["sessions"], **BEARER, "parameters": sorted(rule.arguments)}
         responses |= failures(rule, "requestBody" in written)
     return {**described, **shared, **written, "responses": dict(sorted(responses.items()))}
 

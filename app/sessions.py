@@ -89,6 +89,8 @@ def heartbeat_many() -> dict[str, Any]:
     renewed = sum(result["success"] for result in results)
     counted["renewed"].inc(renewed)
     counted["not_found"].inc(len(ids) - renewed)
+    if renewed < len(ids):
+        emit("sessions_not_found", subject=g.subject, number=len(ids) - renewed)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
@@ -177,6 +179,8 @@ def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:
 def peer_address() -> str | None:
     """The caller's IP address, or None where a proxy names something else."""
     try:
-        return str(ip_address(request.remote_addr or ""))
+        address = ip_address(request.remote_addr or "")
     except ValueError:
         return None
+    # An IPv4 client on an IPv6 socket (RFC 4291 §2.5.5.2). A zone means something on the proxy's machine only.
+    return str(getattr(address, "ipv4_mapped", None) or address).partition("%")[0]

@@ -6,7 +6,10 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from tests.conftest import Caller
+from app import create_app
+from app.config import Config
+from tests.conftest import SECRET, Caller
+from tests.servers import RedisServer
 
 
 def run(app: Flask, *words: str) -> Result:
@@ -42,6 +45,31 @@ def test_list(app: Flask, alice: Caller, bob: Caller) -> None:
     assert id in output and "Tablet" in output and other not in output
 
 
+def test_list_what_cannot_be_printed(app: Flask, alice: Caller) -> None:
+    """What a device calls itself moves no cursor and makes no line of its own."""
+    alice.open(deviceName="Tab\x1b[2Jlet\nroot")
+    output = run(app, "sessions", "list", "alice").output
+    assert output.endswith("Tab\ufffd[2Jlet\ufffdroot, 127.0.0.1\n") and output.count("\n") == 1
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis is not there."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr("app.store._send", fail)
+
+
+@pytest.mark.usefixtures("gone")
+@pytest.mark.parametrize("command", [["list", "alice"], ["revoke", "alice"], ["revoke", "alice", "--id", "A" * 32]])
+def test_sessions_without_redis(app: Flask, command: list[str]) -> None:
+    """Where Redis is in trouble one line says so."""
+    result = run(app, "sessions", *command)
+    assert (result.exit_code, result.output) == (1, "Error: Redis is in trouble: OSError: gone\n")
+
+
 def test_revoke_one(app: Flask, alice: Caller) -> None:
     """One session of a subject is ended by its id."""
     id, other = alice.open(), alice.open()
@@ -67,16 +95,41 @@ def test_doctor(app: Flask) -> None:
     assert Caller(app, "doctor").ids() == []
 
 
-def test_doctor_without_redis(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gone")
+def test_doctor_without_redis(app: Flask) -> None:
     """The doctor fails where no session can be opened."""
-
-    def gone(*_: object) -> None:
-        raise OSError("gone")
-
-    monkeypatch.setattr("app.store._send", gone)
     result = run(app, "doctor")
     assert result.exit_code == 1
     assert "failure  A session could not be opened" in result.output
+
+
+def test_doctor_at_the_limit(make_app: Callable[..., Flask]) -> None:
+    """The doctor fails in one line, too, where its sessions of before are still there."""
+    app = make_app(session_limit=1)
+    Caller(app, "doctor").open()
+    result = run(app, "doctor")
+    assert result.exit_code == 1
+    assert "failure  A session could not be opened, kept alive and revoked: TooManySessions\n" in result.output
+
+
+def test_doctor_on_redis(redis_server: RedisServer) -> None:
+    """The doctor has a line for each thing that it looked at, good news among them."""
+    app = create_app(Config(redis_url=redis_server.url, jwt_secret=(SECRET,), web_concurrency=1))
+    redis_server.client.config_set("appendonly", "yes")
+    output = run(app, "doctor").output
+    redis_server.client.config_set("appendonly", "no")
+    app.extensions["servers"].clients()[0].connection_pool.disconnect()
+    for line in (
+        "The configuration is complete",
+        "Redis answers in ",
+        "Redis 7",
+        "Redis's clock is ",
+        "Redis evicts nothing",
+        "Redis keeps its data on disk; replicas: 0",
+        "Signing keys are loaded",
+        "A session was opened, kept alive and revoked",
+    ):
+        assert f"ok       {line}" in output
 
 
 def test_doctor_without_keys(make_app: Callable[..., Flask]) -> None:

@@ -23,7 +23,7 @@ GOOD = {"REDIS_URL": REDIS, "JWT_SECRET": SECRET}
 KEY_SOURCES = ("JWT_SECRET", "JWT_PUBLIC_KEY", "JWT_JWKS_URL")
 VARIABLES = [each.name.upper() for each in fields(Config)]
 
-# What the contract says; PORT is gunicorn's own.
+# What the contract says.
 DEFAULTS = {
     "redis_tls_url": None,
     "redis_timeout_seconds": 0.5,
@@ -40,6 +40,7 @@ DEFAULTS = {
     "session_absolute_seconds": 2592000,
     "session_limit": 100,
     "trusted_proxies": 0,
+    "port": 8000,
     "web_concurrency": os.cpu_count(),
 }
 
@@ -75,6 +76,8 @@ WHOLE_NUMBERS = {
     "SESSION_ABSOLUTE_SECONDS": (1, 315360000),
     "SESSION_LIMIT": (1, 10000),
     "TRUSTED_PROXIES": (0, 16),
+    "REDIS_WAIT_REPLICAS": (0, 5),
+    "PORT": (1, 65535),
     "WEB_CONCURRENCY": (1, 1024),
 }
 NO_NUMBERS = ("many", "1.5", "1e3", "0x10", "\u0663", "9" * 5000)
@@ -94,6 +97,11 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
     + [
         bad_value("REDIS_TIMEOUT_SECONDS", value, "must be a number of seconds from 0.05 to 0.5")
         for value in ("0", "0.04", "0.51", "-1", "nan", "inf", "1 s")
+    ]
+    + [bad_value("REDIS_TLS_VERIFY", value, "must be on or off") for value in ("yes", "0", "OFF")]
+    + [
+        bad_value("CORS_ORIGINS", value, "must be origins such as https://app.example.com, separated by spaces")
+        for value in ("*", "app.example.com", "https://app.example.com/", "https://a.example https://B.example", "null")
     ]
     + [
         bad_value("JWT_JWKS_URL", value, "must be an https:// address")
@@ -141,6 +149,14 @@ NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
         ]
     ]
     + [
+        bad_secret("no host", "REDIS_URL", "redis+sentinel:///hunter2/0", "is not a URL"),
+        bad_secret("no service", "REDIS_URL", "redis+sentinel://hunter2/", NUMBER_RULE),
+        bad_secret("a database", "REDIS_URL", "redis+cluster://hunter2/0", NUMBER_RULE),
+        bad_secret("two hosts", "REDIS_URL", "redis://hunter2,other/0", "is not a URL"),
+        bad_secret("garbage", "REDIS_CA_CERTS", "/hunter2", "must be a PEM certificate or the path of a file"),
+        bad_secret("short", "METRICS_TOKEN", "hunter2", "must be 16 or more letters, digits and -._~+/=, or off"),
+        bad_secret("a space", "METRICS_TOKEN", "hunter2 hunter2 hunter2", "must be 16 or more letters, digits and"),
+        bad_secret("short", "LOG_KEY", "hunter2", "must have 16 characters or more"),
         bad_secret("short", "JWT_SECRET", "hunter2" * 4, "every secret must have 32 bytes or more"),
         bad_secret("one short", "JWT_SECRET", f"{SECRET} hunter2", "every secret must have 32 bytes or more"),
         bad_secret("not UTF-8", "JWT_SECRET", SECRET + "\udcff", "is not UTF-8"),
@@ -214,6 +230,18 @@ def test_not_utf8(variable: str) -> None:
             "JWT_ALGORITHMS='HS256': HS256 cannot be used with JWT_JWKS_URL",
         ),
         (
+            {"REDIS_URL": "memory://", "WEB_CONCURRENCY": "1", "REDIS_WAIT_REPLICAS": "1"},
+            "REDIS_WAIT_REPLICAS: memory:// has no replicas",
+        ),
+        (
+            {"REDIS_URL": "rediss://host", "REDIS_CA_CERTS": __file__, "REDIS_TLS_VERIFY": "off"},
+            "REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off",
+        ),
+        (
+            {"REDIS_CA_CERTS": __file__},
+            "REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted",
+        ),
+        (
             {"SESSION_IDLE_SECONDS": "100000"},
             "SESSION_IDLE_SECONDS=100000: must not be more than SESSION_IDLE_MAX_SECONDS=86400",
         ),
@@ -238,6 +266,12 @@ BAD = {
     "SESSION_ABSOLUTE_SECONDS": "never",
     "SESSION_LIMIT": "0",
     "TRUSTED_PROXIES": "all",
+    "REDIS_CA_CERTS": "/hunter2",
+    "REDIS_TLS_VERIFY": "no",
+    "REDIS_WAIT_REPLICAS": "6",
+    "CORS_ORIGINS": "*",
+    "METRICS_TOKEN": "hunter2",
+    "LOG_KEY": "hunter2",
     "WEB_CONCURRENCY": "0",
 }
 COMPLAINTS = [*BAD, "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL"]
@@ -386,14 +420,15 @@ def code_default(value: object) -> str:
 def test_readme() -> None:
     """The README's table has the variables that the code reads, with their defaults."""
     code = {name: code_default(each.default) for name, each in zip(VARIABLES, fields(Config))}
-    # What depends on the rest or on the machine stands there in words, and PORT is gunicorn's own.
-    words = {"REDIS_URL": "– (required)", "JWT_ALGORITHMS": "by key", "WEB_CONCURRENCY": "cores", "PORT": "8000"}
+    # What depends on the rest or on the machine stands there in words.
+    words = {"REDIS_URL": "– (required)", "JWT_ALGORITHMS": "by key", "WEB_CONCURRENCY": "cores"}
     assert readme_defaults() == {**code, **words}
 
 
 def test_example() -> None:
-    """.env.example names every variable, and sets those that it sets to their defaults."""
+    """.env.example names every variable, sets those that it sets to their defaults, and is refused for its secret."""
     lines = re.findall(r"^(#? ?)([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    assert {name for _, name, _ in lines} == {*VARIABLES, "PORT"}
-    example = Config.from_env({name: value for comment, name, value in lines if not comment})
-    assert replace(example, redis_url=REDIS, jwt_secret=(SECRET,)) == Config.from_env(GOOD)
+    assert {name for _, name, _ in lines} == set(VARIABLES)
+    example = {name: value for comment, name, value in lines if not comment}
+    assert problems(example) == ["JWT_SECRET: every secret must have 32 bytes or more"]
+    assert replace(Config.from_env({**example, **GOOD}), redis_url=REDIS) == Config.from_env(GOOD)

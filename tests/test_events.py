@@ -75,6 +75,16 @@ def test_subjects_differ(alice: Caller, bob: Caller, log: Log) -> None:
     assert len({line["subject"] for line in log.take()}) == 2
 
 
+def test_own_key(make_app: Callable[..., Flask], log: Log) -> None:
+    """With a LOG_KEY the hashes are the same whatever happens to the other secrets, and others with another key."""
+    secret = "another-secret-of-more-than-thirty-two-bytes"
+    Caller(make_app(log_key="a" * 16)).open()
+    Caller(make_app(log_key="a" * 16, jwt_secret=(secret,)), secret=secret).open()
+    Caller(make_app(log_key="b" * 16)).open()
+    first, same, other = log.take()
+    assert first["subject"] == same["subject"] != other["subject"]
+
+
 def test_another_secret_other_hashes(make_app: Callable[..., Flask], log: Log) -> None:
     """The hashes are keyed: who does not know the secrets cannot make them out."""
     secret = "another-secret-of-more-than-thirty-two-bytes"
@@ -112,6 +122,15 @@ def test_session_not_found(alice: Caller, bob: Caller, log: Log, method: str, pa
     [line] = log.take()
     assert (line["event"], line["endpoint"], line["subject"]) == ("session_not_found", endpoint, mine)
     assert HASH.fullmatch(line["session"])
+
+
+def test_sessions_not_found(alice: Caller, log: Log) -> None:
+    """Of many heartbeats in one call those that find no session are one line, with their number."""
+    id = alice.open()
+    log.take()
+    alice.post("/sessions/heartbeat", json={"ids": [id, MISSING, "nonsense"]})
+    [line] = log.take()
+    assert (line["event"], line["number"]) == ("sessions_not_found", 2)
 
 
 def test_limit(make_app: Callable[..., Flask], log: Log) -> None:

@@ -71,7 +71,7 @@ def test_sequences() -> None:
         def after_call(self, response: schemathesis.Response, case: schemathesis.Case) -> None:
             seen.add((case.operation.label, response.status_code))
 
-    bounds = settings(max_examples=10, stateful_step_count=10, derandomize=True, database=None, deadline=None)
+    bounds = settings(max_examples=20, stateful_step_count=10, derandomize=True, database=None, deadline=None)
     run_state_machine_as_test(Sequence, settings=bounds)
     taken_up = {"GET /sessions/{id}", "POST /sessions/{id}/heartbeat", "POST /sessions/{id}/revoke"}
     assert seen >= {(label, status) for label in taken_up for status in (200, 401, 404)}

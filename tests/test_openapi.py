@@ -68,10 +68,25 @@ def test_every_route(app: Flask, document: Document) -> None:
     routes = {
         (method, re.sub("<.*?([a-z]+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
-        for method in rule.methods - {"HEAD"}
+        for method in rule.methods - {"HEAD", "OPTIONS"}
         if rule.endpoint not in FILES
     }
     assert {(method, path) for method, path, _ in operations(document)} == routes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cors_origins": ("https://app.example.com",)}, {"metrics_token": "0123456789abcdef"}, {"metrics_token": "off"}],
+    ids=str,
+)
+def test_other_settings(make_app: Callable[..., Flask], settings: dict[str, Any]) -> None:
+    """The same holds where pages of other origins may call, and where metrics are not for everybody."""
+    app = make_app(**settings)
+    document = app.test_client().get("/openapi.json").json
+    test_valid(document)
+    test_every_route(app, document)
+    test_described(document)
+    test_token_needed(app, document)
 
 
 def test_described(document: Document) -> None:

@@ -327,6 +327,8 @@ PEER, CLIENT, SPOOFED = "203.0.113.9", "198.51.100.7", "192.0.2.66"
         (1, CLIENT, CLIENT),
         (1, f"{SPOOFED}, {CLIENT}", CLIENT),
         (1, "2001:DB8::1", "2001:db8::1"),
+        (1, f"::ffff:{CLIENT}", CLIENT),
+        (1, "fe80::1%<script>", "fe80::1"),
         (1, f"{SPOOFED}, unknown", None),
         (1, "<script>", None),
         (2, CLIENT, PEER),
