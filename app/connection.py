@@ -201,12 +201,18 @@ class _SentinelPool(SentinelConnectionPool, redis.BlockingConnectionPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._trouble = "no sentinel was asked yet"
+        self._trouble = "no sentinel has answered yet"
+        self._asked = threading.Event()
         # Connections ask us, not redis-py's proxy, which would ask every sentinel for each of them.
         self.connection_kwargs["connection_pool"] = self
 
     def get_master_address(self) -> tuple[str, int]:
-        """The primary's address, as the sentinels last had it. Raises MasterNotFoundError where they never had."""
+        """The primary's address, as the sentinels last had it. Raises MasterNotFoundError where they never had.
+
+        The first callers wait until sentinels have been asked once, as long as they would for an answer of Redis's.
+        """
+        if self.master_address is None:
+            self._asked.wait(self.connection_kwargs["socket_timeout"])
         if self.master_address is None:
             raise MasterNotFoundError(self._trouble)
         return self.master_address  # type: ignore[no-any-return]
@@ -216,17 +222,17 @@ class _SentinelPool(SentinelConnectionPool, redis.BlockingConnectionPool):
         return not connection.is_connected or super().owns_connection(connection)  # type: ignore[no-untyped-call]
 
     def watch(self) -> None:
-        """Ask for the primary twice a second: the pool would go on writing to the old one until that is told."""
-        while True:
-            self.look()
-            time.sleep(0.5)
+        """Ask for the primary twice a second: the pool would go on writing to the old one until that is told.
 
-    def look(self) -> None:
-        """Ask for the primary; where it has changed the idle connections to the old one are closed."""
-        try:
-            self.proxy.get_master_address()
-        except Exception as error:  # whatever a sentinel says, next time another one may know better
-            self._trouble = str(error)
+        Where it has changed, redis-py closes the idle connections to the old one.
+        """
+        while True:
+            try:
+                self.proxy.get_master_address()
+            except Exception as error:  # whatever a sentinel says, next time another one may know better
+                self._trouble = str(error).partition(" : ")[0]  # and not what redis-py says of its own objects
+            self._asked.set()
+            time.sleep(0.5)
 
 
 def _by_sentinel(config: Config, credentials: Any, timeouts: Any, queue: Any) -> redis.Redis:
@@ -243,7 +249,6 @@ def _by_sentinel(config: Config, credentials: Any, timeouts: Any, queue: Any) ->
         **timeouts,
         **queue,
     )
-    pool.look()
     threading.Thread(target=pool.watch, name="sentinel", daemon=True).start()
     return redis.Redis(connection_pool=pool)
 

@@ -73,6 +73,7 @@ def test_silent_nodes(silent: list[int], scheme: str, path: str) -> None:
     """While sentinels or nodes of a cluster say nothing, answers come within 2 seconds all the same."""
     hosts = ",".join(f"127.0.0.1:{port}" for port in silent)
     with gunicorn({"REDIS_URL": f"{scheme}://{hosts}{path}", "JWT_SECRET": SECRET}) as address:
+        assert requests.get(f"{address}/healthz", timeout=20).status_code == 200  # the worker is there
         with ThreadPoolExecutor(10) as pool:
             beats = [pool.submit(timed, "POST", f"{address}/sessions/{MISSING}/heartbeat") for _ in range(10)]
             for status, took in [*(beat.result() for beat in beats), timed("GET", f"{address}/sessions")]:
