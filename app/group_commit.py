@@ -1,6 +1,7 @@
 """Group commit: callers that are waiting together share one round trip. Commands in, replies out."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class GroupCommit:
         try:
             if batch.previous is not None:
                 batch.previous.wait()
+                time.sleep(0)  # whoever is ready already joins this batch, not the next one
             with self._mutex:
                 self._collecting = None  # who comes now opens the next batch
             batch.replies = self._send(batch.commands)
