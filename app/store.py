@@ -120,6 +120,8 @@ class Confirmation:
 
     def given(self, confirmed: int, role: Sequence[Any]) -> bool:
         """Whether the replies to `commands` are enough."""
+        if role[0] != "master":  # since a moment ago
+            return False
         needed, now = max(self._least, self._attached), time.monotonic()
         attached = sum(int(offset) >= self._offset for _, _, offset in role[2])
         self._offset = role[1]

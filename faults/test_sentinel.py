@@ -81,7 +81,7 @@ def test_failover(trio: Trio, fault: object, replicas: int) -> None:
             before = len(load.answers)
             fault(trio)
             until(lambda: trio.sentinel.sentinel_master("main")["port"] != trio.ports[0], 20)
-            time.sleep(8)  # opens wait until the replica that has left is taken for lost
+            time.sleep(8 if replicas else 4)  # opens wait until the replica that has left is taken for lost
         assert before and load.answers[-1][2] in (200, 201)
         lost = load.lost()
     print(
@@ -89,7 +89,8 @@ def test_failover(trio: Trio, fault: object, replicas: int) -> None:
         f"all for {load.trouble():.1f} s, slowest {load.slowest():.2f} s, {lost[0]} of {len(load.opened)} opens lost, "
         f"{lost[1]} of {len(load.revoked)} revokes undone, {dict(load.statuses())}"
     )
-    assert set(load.statuses()) <= {200, 201, 500}
+    # Without a confirming replica an open can be lost, and then to revoke it is a 404.
+    assert {status for _, who, status, _ in load.answers if who in load.subjects} <= {200, 500}
     if replicas:
         load.check(500)
         assert lost == (0, 0)

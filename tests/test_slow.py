@@ -47,10 +47,9 @@ def test_slow_replies(server: RedisServer) -> None:
         environ = {"REDIS_URL": f"redis://:secret@127.0.0.1:{way.port}/1", "JWT_SECRET": SECRET}
         with gunicorn(environ) as address, ThreadPoolExecutor(20) as pool:
             way.seconds = 0.45  # one reply in time after the other
-            for _ in range(2):
-                for method, path, body in REQUESTS:
-                    status, took = timed(method, f"{address}/sessions{path.format(id=MISSING)}", body)
-                    assert status in (200, 201, 404, 500) and took < 2, path
+            for method, path, body in REQUESTS:
+                status, took = timed(method, f"{address}/sessions{path.format(id=MISSING)}", body)
+                assert status in (200, 201, 404, 500) and took < 2, path
             beats = [pool.submit(timed, "POST", f"{address}/sessions/{MISSING}/heartbeat") for _ in range(20)]
             for beat in beats:
                 status, took = beat.result()
