@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import gevent
 from gunicorn import util
@@ -87,19 +86,22 @@ class Gathered(list):
     sendall = list.append
 
 
-def write(self, data, write=wsgi.Response.write):
-    """Send the head of an answer together with the first of its body: one system call and one packet less."""
-    if self.headers_sent:
-        return write(self, data)
-    real, self.sock = self.sock, Gathered()
-    try:
-        write(self, data)
-    finally:
-        gathered, self.sock = self.sock, real
-    real.sendall(b"".join(gathered))
+class Response(wsgi.Response):
+    """gunicorn's, which sends the head together with the first of the body: one system call and one packet less."""
+
+    def write(self, data):
+        if self.headers_sent:
+            return super().write(data)
+        real, self.sock = self.sock, Gathered()
+        try:
+            super().write(data)
+        finally:
+            gathered, self.sock = self.sock, real
+        real.sendall(b"".join(gathered))
 
 
-wsgi.Response.write = write
+if wsgi.Response.__module__ != __name__:  # HUP reads this file anew
+    wsgi.Response = Response
 
 
 def post_request(worker, req, environ, resp):
@@ -113,22 +115,20 @@ def on_starting(server):
     In a process of its own: what the app imports must not be there before gevent has patched the worker.
     """
     module = server.app.app_uri.partition(":")[0]
-    environ = {name: value for name, value in os.environ.items() if name != METRICS}
+    environ = {name: value for name, value in os.environ.items() if name != METRICS}  # it counts nothing
     looked = subprocess.run([sys.executable, "-m", module], env=environ, stdout=subprocess.PIPE, text=True)
     for line in looked.stdout.splitlines():
         server.log.warning(line)
     if looked.returncode:
         sys.exit(1)
-    # Where the workers' counters are added up, from zero on. Prometheus takes a restart for what it is.
-    server.metrics_folder = None if METRICS in os.environ else tempfile.mkdtemp(prefix="metrics-")
-    folder = Path(os.environ.setdefault(METRICS, server.metrics_folder or ""))
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.db"):
-        old.unlink()
 
 
 def when_ready(server):
-    """Cut those who do not read their answers: a connection of theirs would last for ever."""
+    """Make ready what all workers share, before the first of them starts."""
+    # Where their counters are added up, from zero on. Prometheus takes a restart for what it is. Always a folder of
+    # our own: one that is given might be in use by others, or hold what we have counted before.
+    server.metrics_folder = os.environ[METRICS] = tempfile.mkdtemp(prefix="metrics-")
+    # Those who do not read their answers are cut: a connection of theirs would last for ever.
     for listener in server.LISTENERS:
         if listener.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
@@ -136,5 +136,4 @@ def when_ready(server):
 
 def on_exit(server):
     """Leave nothing behind."""
-    if server.metrics_folder:
-        shutil.rmtree(server.metrics_folder, ignore_errors=True)
+    shutil.rmtree(server.metrics_folder, ignore_errors=True)

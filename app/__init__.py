@@ -38,7 +38,7 @@ class Service(Flask):
     session_interface = NoCookies()
 
     def full_dispatch_request(self) -> Response:
-        """Answers a request and counts it. Nobody here listens to Flask's signals or acts before a request."""
+        """Answers a request and counts it. Unlike Flask it calls no functions before a request: there are none."""
         began = time.perf_counter()
         try:
             answer = self.dispatch_request()

@@ -52,8 +52,8 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 def parse_timeout_seconds(text: str) -> float:
     """A parser for the Redis timeout.
 
-    A heartbeat may wait for the batch before its own, each for half a timeout in the pool's queue and a whole one for
-    Redis, and all of that has to fit into the contract's 2 seconds.
+    A round trip is given 0.1 seconds more than that, and a list takes three: all of it has to fit into the contract's
+    2 seconds.
     """
     try:
         value = float(text)
@@ -85,7 +85,8 @@ def parse_redis_url(text: str) -> str:
     try:
         url = urlsplit(text)
         if scheme not in ("unix", "memory"):
-            addresses_of(text)
+            for host, _ in addresses_of(text):
+                host.encode("idna")
     except ValueError:
         raise ValueError("is not a URL") from None
     if not re.fullmatch(REDIS_SCHEMES[scheme], url.path):

@@ -82,7 +82,7 @@ class Cluster:
         cluster.nodes_manager.nodes_cache.setdefault(node.name, node)
         try:
             return cluster.execute_command(*command)
-        except RedisClusterException as error:
+        except (RedisClusterException, AttributeError) as error:  # the latter where the map is renewed meanwhile
             raise redis.ConnectionError(str(error)) from error
 
     def failed(self, error: Exception) -> None:

@@ -39,7 +39,8 @@ class JwksKeys:
     """A JWK Set (RFC 7517 §5) behind a URL, fetched by a thread of its own so that no request does.
 
     The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch, at most one
-    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits.
+    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits. No id
+    is unknown where there are keys without one: there a new key is found within REFRESH_EVERY seconds.
     """
 
     REFRESH_EVERY = 300.0

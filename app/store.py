@@ -37,10 +37,6 @@ class StoreUnavailable(Exception):
     """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
 
 
-class Unconfirmed(StoreUnavailable):
-    """It was done, but not by as many replicas as the configuration asks for."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """A live session. Instants are integer milliseconds since the epoch, by Redis's clock."""
@@ -91,7 +87,7 @@ REVOKE = Script("revoke", repeatable=False)
 Call = tuple[Sequence[str], Sequence[str | int]]
 Command = tuple[str | int, ...]
 Observe = Callable[[str, int, float], None]
-PING_SECONDS = 1.5  # time for three primaries that do not answer
+PING_SECONDS = 1.5
 
 
 class Confirmation:
@@ -122,14 +118,14 @@ class Confirmation:
         """Whether the replies to `commands` are enough."""
         if role[0] != "master":  # since a moment ago
             return False
-        needed, now = max(self._least, self._attached), time.monotonic()
+        before, now = self._attached, time.monotonic()
         attached = sum(int(offset) >= self._offset for _, _, offset in role[2])
         self._offset = role[1]
         if attached < self._attached and self._fewer_since is None:
             self._fewer_since = now
         elif attached >= self._attached or now - (self._fewer_since or now) >= self.SETTLED:
             self._attached, self._fewer_since = attached, None
-        return confirmed >= needed
+        return confirmed >= max(self._least, min(before, self._attached))
 
 
 class Scripts:
@@ -148,7 +144,7 @@ class Scripts:
     def run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> list[Any]:
         """Run a script for each call, in one round trip; `durably` where it must not be lost in a failover.
 
-        Raises StoreUnavailable where any fails, and Unconfirmed where the replicas do not confirm it in time.
+        Raises StoreUnavailable where any fails or the replicas do not confirm in time; it may then have taken effect.
         """
         if not calls:
             return []
@@ -158,19 +154,24 @@ class Scripts:
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
-        if confirmation:
-            given = confirmation.given(*replies[len(calls) :])
-            error = None if given else Unconfirmed("not confirmed by enough replicas")
-            self._notice("replicas", None, error)
-            if error:
-                raise error
+            if confirmation:
+                given = confirmation.given(*replies[len(calls) :])
+                error = None if given else redis.ResponseError("not confirmed by enough replicas")
+                self._notice("replicas", self._servers.client_for(calls[0][0][0]), error)
+                if error:
+                    raise error
         return replies[: len(calls)]
 
     def _confirmation(self, calls: Sequence[Call]) -> Confirmation:
         client = self._servers.client_for(calls[0][0][0])
         if client not in self._confirmations:
-            with within(self._seconds):
-                self._confirmations[client] = Confirmation(self._replicas, client.execute_command("ROLE"))
+            try:
+                with within(self._seconds):
+                    role = client.execute_command("ROLE")
+            except (RedisError, OSError) as error:
+                self._notice("replicas", client, error)
+                raise
+            self._confirmations[client] = Confirmation(self._replicas, role)
         return self._confirmations[client]
 
     def try_each(self, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
@@ -298,8 +299,8 @@ class SessionStore:
         args: list[str | int] = [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields]
         try:
             [reply] = self._scripts.run(OPEN, [(keys, args)], durably=True)
-        except Unconfirmed:
-            # Nobody gets to know of it, and yet it would count against the limit.
+        except StoreUnavailable:
+            # It may be there all the same. Nobody gets to know of it, and yet it would count against the limit.
             with suppress(StoreUnavailable):
                 self._scripts.run(REVOKE, [_revocation(subject, id)])
             raise
@@ -356,7 +357,7 @@ class SessionStore:
         with unavailable(), within(PING_SECONDS):
             *others, last = self._servers.clients()
             for client in others:
-                with suppress(RedisError, OSError):
+                with suppress(RedisError, OSError), within(PING_SECONDS / (len(others) + 1)):
                     client.ping()
                     return
             last.ping()

@@ -138,6 +138,7 @@ NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
             ("another scheme", "https://user:hunter2@host", "must start with redis://"),
             ("port not a number", "redis://user:hunter2@host:port/0", "is not a URL"),
             ("port too big", "redis://user:hunter2@host:65536/0", "is not a URL"),
+            ("host that can be none", "redis://user:hunter2@a..b:6379/0", "is not a URL"),
             ("half an address", "redis://user:hunter2@[::1/0", "is not a URL"),
             ("database not a number", "redis://user:hunter2@host/zero", NUMBER_RULE),
             ("path", "rediss://user:hunter2@host/0/1", NUMBER_RULE),

@@ -3,7 +3,9 @@
 import http.client
 import json
 import re
+import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -253,20 +255,22 @@ def test_script_name(connection: http.client.HTTPConnection, id: str) -> None:
 
 
 def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
-    """A folder for metrics that the operator names is made where it is missing, emptied of old metrics, and kept."""
-    own = folder / "metrics"
-    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "PROMETHEUS_MULTIPROC_DIR": str(own)}
-    for _ in range(2):
+    """Counters are kept in a folder of the service's own, which is gone at the end; no other one is touched."""
+    before = set(Path(tempfile.gettempdir()).glob("metrics-*"))
+    (folder / "counter_1.db").touch()
+    for given in (str(folder), str(folder / "missing"), ""):
+        environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "PROMETHEUS_MULTIPROC_DIR": given}
         with gunicorn_process(environ) as (process, port):
             with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
                 ask(connection, "GET", "/healthz")
+                process.send_signal(signal.SIGHUP)
+                time.sleep(1.5)
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
                 connection.request("GET", "/metrics")
                 text = connection.getresponse().read().decode()
-            process.terminate()
-            assert process.wait(10) == 0
         assert 'http_request_duration_seconds_count{method="GET",route="/healthz",status="200"} 1.0' in text
-        (own / "of the operator's").touch()
-        assert (own / "of the operator's").exists()
+    assert list(folder.iterdir()) == [folder / "counter_1.db"]
+    assert set(Path(tempfile.gettempdir()).glob("metrics-*")) == before
 
 
 def test_stops(redis_server: RedisServer) -> None:
