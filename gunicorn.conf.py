@@ -63,6 +63,11 @@ class logger_class(Logger):
     def access(self, *args):
         pass
 
+    def exception(self, msg, *args, **kwargs):
+        """Not that a client was cut off for reading nothing: anybody can have that said as often as they like."""
+        if not isinstance(sys.exc_info()[1], TimeoutError):
+            super().exception(msg, *args, **kwargs)
+
     def warning(self, msg, *args, **kwargs):
         """Of a request that cannot be parsed only what is wrong: what was sent may hold a token or a session's id."""
         if msg.startswith("Invalid request from ip="):
