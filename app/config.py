@@ -209,7 +209,7 @@ class Config:
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(parse_metrics_token, secret=True)
     log_key: str | None = setting(parse_log_key, secret=True)
-    port: int = setting(whole(1, 65535), 8000)
+    port: int = setting(whole(1, 65535), 8000)  # gunicorn's own; here so that a bad one is listed with the rest
     web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
 
     @classmethod

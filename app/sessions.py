@@ -86,11 +86,11 @@ def heartbeat_many() -> dict[str, Any]:
         counted["failed"].inc(len(ids))
         raise
     results = [heartbeat_result(id, renewals.get(id)) for id in ids]
-    renewed = sum(result["success"] for result in results)
-    counted["renewed"].inc(renewed)
-    counted["not_found"].inc(len(ids) - renewed)
-    if renewed < len(ids):
-        emit("sessions_not_found", subject=g.subject, number=len(ids) - renewed)
+    missing = sum(not result["success"] for result in results)
+    counted["renewed"].inc(len(ids) - missing)
+    counted["not_found"].inc(missing)
+    if missing:
+        emit("sessions_not_found", subject=g.subject, number=missing)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
