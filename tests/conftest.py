@@ -1,5 +1,7 @@
 """What every test can ask for: a Redis, fake or real, a clock that moves, the app on both, and callers."""
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -169,6 +171,32 @@ def alice(app: Flask) -> Caller:
 @pytest.fixture
 def bob(app: Flask) -> Caller:
     return Caller(app, "bob")
+
+
+class Log:
+    """What the test's own thread has logged so far.
+
+    Other threads live on beyond their tests, such as those that refresh key sets, and log when they like.
+    """
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+        self._thread = threading.get_ident()
+
+    def take(self) -> list[dict]:
+        """The lines since the last look, as dictionaries."""
+        records = [record for record in self._caplog.records if record.thread == self._thread]
+        self._caplog.clear()
+        return [vars(record) | {"event": record.getMessage()} for record in records]
+
+    def names(self) -> list[str]:
+        return [line["event"] for line in self.take()]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Log:
+    caplog.set_level(logging.INFO)
+    return Log(caplog)
 
 
 # Every endpoint of the API and its sentence for trouble with the store; {id} stands for a session's.

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import redis
 from flask import Flask
 
 from app.store import session_key
-from tests.conftest import SECRET, Caller, token
+from tests.conftest import SECRET, Caller, Log, token
 from tests.servers import RedisServer, gunicorn_logged, log_lines, until
 
 MISSING = "A" * 32
@@ -26,28 +25,6 @@ HASH = re.compile(r"[0-9a-f]{16}")
 def backend() -> str:
     """What is logged does not depend on the store."""
     return "fakeredis"
-
-
-class Log:
-    """The events of a test so far."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self._caplog = caplog
-
-    def take(self) -> list[dict]:
-        """The lines since the last look, as dictionaries."""
-        taken = [vars(record) | {"event": record.getMessage()} for record in self._caplog.records]
-        self._caplog.clear()
-        return taken
-
-    def names(self) -> list[str]:
-        return [line["event"] for line in self.take()]
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Log:
-    caplog.set_level(logging.INFO)
-    return Log(caplog)
 
 
 def test_life(alice: Caller, log: Log) -> None:

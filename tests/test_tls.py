@@ -4,7 +4,6 @@ import datetime
 import http.client
 import ipaddress
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from app import create_app
 from app.config import Config
-from tests.conftest import SECRET, Caller, token
+from tests.conftest import SECRET, Caller, Log, token
 from tests.servers import RedisServer, free_port, gunicorn_logged, log_lines
 
 NAMES = {"loopback": x509.IPAddress(ipaddress.ip_address("127.0.0.1")), "elsewhere": x509.DNSName("elsewhere.test")}
@@ -126,20 +125,18 @@ def test_another_name(authority: Authority, urls: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("place", NAMES)
-def test_not_verified(urls: dict[str, str], caplog: pytest.LogCaptureFixture, place: str) -> None:
+def test_not_verified(urls: dict[str, str], log: Log, place: str) -> None:
     """With REDIS_TLS_VERIFY=off any certificate will do, and a warning says so."""
-    with caplog.at_level(logging.WARNING), caller(urls[place], REDIS_TLS_VERIFY="off") as alice:
+    with caller(urls[place], REDIS_TLS_VERIFY="off") as alice:
         assert alice.post("/sessions").status_code == 201
-    assert [record.message for record in caplog.records] == ["redis_tls_not_verified"]
+    assert log.names() == ["redis_tls_not_verified", "session_opened"]
 
 
-def test_verified_is_not_worth_a_line(
-    authority: Authority, urls: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_verified_is_not_worth_a_line(authority: Authority, urls: dict[str, str], log: Log) -> None:
     """Nothing is logged about TLS where certificates are verified."""
-    with caplog.at_level(logging.WARNING), caller(urls["loopback"], REDIS_CA_CERTS=authority.pem) as alice:
+    with caller(urls["loopback"], REDIS_CA_CERTS=authority.pem) as alice:
         assert alice.post("/sessions").status_code == 201
-    assert caplog.records == []
+    assert log.names() == ["session_opened"]
 
 
 @pytest.mark.parametrize("verify", ["on", "off"])
