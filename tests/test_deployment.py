@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import requests
@@ -16,7 +17,7 @@ def test_procfile(urls: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
     [line] = (ROOT / "Procfile").read_text().splitlines()
     port = free_port()
     environ = {
-        "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PORT": str(port),
         "WEB_CONCURRENCY": "2",
         "REDIS_URL": "redis://127.0.0.1:1",  # which a PaaS sets, too

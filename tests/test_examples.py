@@ -67,8 +67,10 @@ class Loop:
 
 @contextmanager
 def loop(name: str, command: list[str], environ: dict[str, str], tokens: Path) -> Iterator[Loop]:
-    env = {"PATH": os.environ["PATH"], **environ}
-    with running(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # What runs in the background, such as this suite under `make test &`, ignores SIGINT, and so does all it starts.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with running(command, env={"PATH": os.environ["PATH"], **environ}, **options) as process:
         started = Loop(name, process, tokens)
         yield started
     started.reader.join()

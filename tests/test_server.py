@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -256,10 +255,13 @@ def test_script_name(connection: http.client.HTTPConnection, id: str) -> None:
 
 def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
     """Counters are kept in a folder of the service's own, which is gone at the end; no other one is touched."""
-    before = set(Path(tempfile.gettempdir()).glob("metrics-*"))
-    (folder / "counter_1.db").touch()
-    for given in (str(folder), str(folder / "missing"), ""):
-        environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "PROMETHEUS_MULTIPROC_DIR": given}
+    foreign, temporary = folder / "foreign", folder / "tmp"
+    foreign.mkdir()
+    temporary.mkdir()
+    (foreign / "counter_1.db").touch()
+    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TMPDIR": str(temporary)}
+    for given in (str(foreign), str(foreign / "missing"), ""):
+        environ["PROMETHEUS_MULTIPROC_DIR"] = given
         with gunicorn_process(environ) as (process, port):
             with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
                 ask(connection, "GET", "/healthz")
@@ -269,8 +271,8 @@ def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
                 connection.request("GET", "/metrics")
                 text = connection.getresponse().read().decode()
         assert 'http_request_duration_seconds_count{method="GET",route="/healthz",status="200"} 1.0' in text
-    assert list(folder.iterdir()) == [folder / "counter_1.db"]
-    assert set(Path(tempfile.gettempdir()).glob("metrics-*")) == before
+    assert list(foreign.iterdir()) == [foreign / "counter_1.db"]
+    assert list(temporary.iterdir()) == []
 
 
 def test_stops(redis_server: RedisServer) -> None:
