@@ -46,6 +46,7 @@ def test_slow_replies(server: RedisServer) -> None:
     with SlowWay(server) as way:
         environ = {"REDIS_URL": f"redis://:secret@127.0.0.1:{way.port}/1", "JWT_SECRET": SECRET}
         with gunicorn(environ) as address, ThreadPoolExecutor(20) as pool:
+            assert requests.get(f"{address}/healthz", timeout=20).status_code == 200  # the worker is there
             way.seconds = 0.45  # one reply in time after the other
             for method, path, body in REQUESTS:
                 status, took = timed(method, f"{address}/sessions{path.format(id=MISSING)}", body)
