@@ -59,7 +59,7 @@ class Service:
 
     def wait_until_ready(self) -> None:
         """Several services start faster together than one after the other."""
-        until(lambda: len(self._workers()) == WORKERS and self._answers(), 20)
+        until(lambda: len(self._workers()) == WORKERS and self._answers(), 60)
 
     def stop(self) -> None:
         self._process.terminate()

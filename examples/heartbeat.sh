@@ -6,14 +6,16 @@ url=${SESSIONS_URL:?} token=${TOKEN:-} token_command=${TOKEN_COMMAND:-}
 shortest=200 longest=86400000 # ms between two requests, whatever the answers say
 first_backoff=500 last_backoff=30000
 
-child='' answer=$(mktemp) || exit
-trap '[ -z "$child" ] || kill "$child" 2>/dev/null; rm -f "$answer"' EXIT
+running='' answer=$(mktemp) || exit
+trap '[ -z "$running" ] || kill "${!:-}" 2>/dev/null; rm -f "$answer"' EXIT
 trap 'exit 0' INT TERM
 
-# The shell hears signals while it waits, but not while a program runs in the foreground.
-finish() { child=$!; wait "$child"; set -- $?; child=''; return "$1"; }
+# The shell hears signals while it waits, but not while a program runs in the foreground. `running` is set before one
+# starts in the background: a signal may come before anything else does.
+finish() { wait "$!"; set -- $?; running=''; return "$1"; }
 ask() {
     # The token goes in by stdin: arguments are there for everybody to see.
+    running=yes
     curl -si --suppress-connect-headers -m 5 -X POST -H @- -w '\n%{http_code}' "$1" >"$answer" <<END &
 Authorization: Bearer $token
 END
@@ -31,6 +33,7 @@ id='' backoff=$first_backoff at_once=yes
 while :; do
     status='no token' new='' pause=0
     if [ -z "$token" ]; then
+        running=yes
         sh -c "$token_command" >"$answer" &
         if finish; then token=$(cat "$answer"); fi
         [ -z "$token" ] || echo "new token"
@@ -63,6 +66,7 @@ while :; do
         fi
     fi
     pause=$((pause < shortest ? shortest : pause > longest ? longest : pause))
+    running=yes
     sleep "$((pause / 1000)).$(printf %03d $((pause % 1000)))" &
     finish
 done

@@ -200,14 +200,17 @@ def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture
 def test_no_reading(environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A client who asks for very much and reads nothing of it is cut off, which is not worth a line in the log."""
     with gunicorn_logged(environ, tmp_path / "log") as (process, port), socket.socket() as connection:
+        open_session(port)
         [worker] = children(process)
 
         def files() -> int:
             return len(list(Path(f"/proc/{worker}/fd").iterdir()))
 
+        before = files()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        until(lambda: files() > before)
         time.sleep(1)
         began, served = time.monotonic(), files()
         time.sleep(6)
@@ -317,6 +320,7 @@ def test_halfway_through_a_restart(environ: dict[str, str]) -> None:
     with gunicorn_process(environ, WORKERS) as (process, port):
         head = f"POST /sessions HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Connection: close\r\n"
         head += "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{"
+        open_session(port)  # the workers are there
         with crowd(port, 20, head.encode()) as halfway:
             time.sleep(0.3)
             process.send_signal(signal.SIGHUP)

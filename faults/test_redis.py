@@ -10,13 +10,13 @@ import requests
 
 from faults.load import Load, headers
 from tests.conftest import SECRET
-from tests.servers import RedisServer, gunicorn, until
+from tests.servers import PERSISTENT, RedisServer, gunicorn, until
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis that has written to disk what it has acknowledged."""
-    with RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+def server(folder: Path) -> Iterator[RedisServer]:
+    """A Redis that keeps what it has acknowledged when it is killed."""
+    with RedisServer(folder, *PERSISTENT) as server:
         yield server
 
 
@@ -78,7 +78,7 @@ def test_full(server: RedisServer, load: Load) -> None:
     with load:
         server.client.config_set("maxmemory-policy", "noeviction")
         server.client.config_set("maxmemory", 1)
-        began = time.monotonic() + 0.1
+        began = time.monotonic() + 0.5
         time.sleep(2)
         full = [(who, status) for at, who, status, _ in load.answers if at > began]
         assert requests.post(path, headers=headers("other"), timeout=5).status_code == 200

@@ -12,7 +12,7 @@ import redis
 
 from faults.load import Load
 from tests.conftest import SECRET
-from tests.servers import free_port, gunicorn, required, running, until
+from tests.servers import free_port, free_ports, gunicorn, required, running, until
 
 
 class Trio:
@@ -20,7 +20,8 @@ class Trio:
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         server = required("redis-server")
-        self.ports = [free_port() for _ in range(3)]
+        ports = free_ports(6)
+        self.ports, self.sentinels = ports[:3], ports[3:]
         self.clients = [stack.enter_context(redis.Redis(port=port, decode_responses=True)) for port in self.ports]
         self.processes = []
         for number, port in enumerate(self.ports):
@@ -31,7 +32,6 @@ class Trio:
             self.processes.append(stack.enter_context(running(command, stdout=subprocess.DEVNULL)))
             until(self.clients[number].ping)
         until(lambda: self._replicas_online() == 2, 30)
-        self.sentinels = [free_port() for _ in range(3)]
         for port in self.sentinels:
             file = folder / f"{port}.conf"
             lines = [f"port {port}", f"sentinel monitor main 127.0.0.1 {self.ports[0]} 2"]

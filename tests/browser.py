@@ -15,6 +15,7 @@ FLAGS = [
     "--headless=new",
     "--no-sandbox",  # which root cannot have
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # which is small in a container
     "--disable-quic",
     "--no-first-run",
     # Nothing is asked for but what the pages ask for.
@@ -42,8 +43,8 @@ class Browser:
         return wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, selector)))
 
     def complaints(self) -> list[str]:
-        """What the console holds: errors, and everything that was refused, blocked or failed."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        """The errors in the console: everything that was refused, blocked or failed."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def requests(self) -> list[tuple[str, str]]:
         """Method and address of every request of the pages, but for the browser's own and for data: in place."""

@@ -1,6 +1,7 @@
 """What every test can ask for: a Redis, fake or real, a clock that moves, the app on both, and callers."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from app.config import Config
 from app.connection import connect
 from tests.browser import Browser
 from tests.servers import RedisServer
+
+# A proxy on the way to the package index is none to loopback.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 SECRET = "the-tests-own-secret-of-more-than-32-bytes"
 
@@ -61,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def clock(backend: str) -> Iterator[Clock]:
     """Time: moved on fakeredis, waited for on a real Redis, whose clock is its own."""
     if backend == "redis":
-        yield Clock(idle=1, absolute=2, sleep=time.sleep)
+        yield Clock(idle=2, absolute=4, sleep=time.sleep)
     else:
         with time_machine.travel(time.time(), tick=True) as traveller:
             yield Clock(idle=1800, absolute=3600, sleep=traveller.shift)

@@ -18,10 +18,17 @@ import redis
 ROOT = Path(__file__).parent.parent
 
 
+def free_ports(number: int) -> list[int]:
+    """So many ports, no two the same: all are held until all are drawn."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return free_ports(1)[0]
 
 
 def required(program: str) -> str:
@@ -56,6 +63,11 @@ def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+# What is acknowledged has been written and outlives the process. To wait for the disk, too, would only help against a
+# power cut, and on a busy machine a disk can take longer than the service waits for Redis.
+PERSISTENT = ("--appendonly", "yes", "--appendfsync", "no")
 
 
 class RedisServer:

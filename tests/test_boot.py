@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SECRET, token
-from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, log_lines, until
+from tests.servers import PERSISTENT, ROOT, RedisServer, free_port, gunicorn_logged, log_lines, until
 
-PERSISTENT = ("--appendonly", "yes")
 EVICTS = "Redis may evict live sessions: maxmemory-policy is allkeys-lru, not noeviction"
 FORGETS = "Redis has neither persistence nor a replica: a restart ends all sessions"
 WRONG_PASSWORD = "not-the-right-password"
@@ -94,11 +93,12 @@ def test_findings(folder: Path, options: tuple[str, ...], expected: list[str]) -
         assert said(server.url) == expected
 
 
-def test_replica_counts(folder: Path, tmp_path: Path) -> None:
+def test_replica_counts(folder: Path) -> None:
     """A Redis without persistence that has a replica is a healthy one."""
-    port = free_port()
+    port, replica = free_port(), folder / "replica"
+    replica.mkdir()
     with RedisServer(folder, "--port", str(port), "--repl-diskless-sync-delay", "0") as server:
-        with RedisServer(tmp_path, "--replicaof", "127.0.0.1", str(port)):
+        with RedisServer(replica, "--replicaof", "127.0.0.1", str(port)):
             until(lambda: server.client.info("replication")["connected_slaves"] == 1, 20)
             assert said(server.url) == []
 

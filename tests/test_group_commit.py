@@ -23,7 +23,7 @@ from app.config import Config
 from app.connection import POOL_SIZE, Single, connect
 from app.group_commit import Abandoned, GroupCommit
 from app.store import Renewal, SessionStore, StoreUnavailable
-from tests.servers import ROOT, RedisServer, until
+from tests.servers import PERSISTENT, ROOT, RedisServer, until
 
 # The suite itself is not patched, so greenlets get a process of their own; the inner bound lets it tidy up.
 GREENLETS = """
@@ -81,7 +81,7 @@ class Caller(threading.Thread):
 
     def outcome(self) -> Any:
         """What the call gave or raised."""
-        self.join(10)
+        self.join(60)
         assert not self.is_alive()
         return self._outcome
 
@@ -364,7 +364,7 @@ def test_no_leak() -> None:
 @contextlib.contextmanager
 def own_store(**settings: Any) -> Iterator[tuple[RedisServer, SessionStore]]:
     """A Redis of one's own, which keeps its data when killed, and a store on it."""
-    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), "--appendonly", "yes") as server:
+    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), *PERSISTENT) as server:
         config = Config(redis_url=server.url, **settings)
         client = connect(config).clients()[0]
         yield server, SessionStore(config, Single(client))

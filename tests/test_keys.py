@@ -223,9 +223,9 @@ def test_hanging_issuer(issuer: Issuer, key: Key) -> None:
         known = [timed(app, key.token()) for _ in range(5)]
         assert not any(call.done() for call in unknown)
         assert {status for status, _ in known} == {200}
-        assert statistics.median(seconds for _, seconds in known) < 0.05
+        assert statistics.median(seconds for _, seconds in known) < 0.5
         assert {call.result()[0] for call in unknown} == {401}
-        assert max(call.result()[1] for call in unknown) < 1.3
+        assert max(call.result()[1] for call in unknown) < 3
 
 
 @pytest.mark.parametrize("trouble", [*TROUBLES, pytest.param(answers(delay=60.0), id="hanging")])

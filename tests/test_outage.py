@@ -15,7 +15,7 @@ from app import create_app
 from app.config import Config
 from app.connection import connect
 from tests.conftest import FAILURES, SECRET, Caller
-from tests.servers import RedisServer, until
+from tests.servers import PERSISTENT, RedisServer, until
 
 MISSING = "A" * 32
 each_endpoint = pytest.mark.parametrize("method, path", FAILURES)
@@ -24,7 +24,7 @@ each_endpoint = pytest.mark.parametrize("method, path", FAILURES)
 @pytest.fixture
 def server(folder: Path) -> Iterator[RedisServer]:
     """A Redis to be hurt, which remembers over a restart what it was told."""
-    with RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always") as server:
+    with RedisServer(folder, *PERSISTENT) as server:
         yield server
 
 

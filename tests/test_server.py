@@ -261,7 +261,7 @@ def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
     temporary.mkdir()
     (foreign / "counter_1.db").touch()
     environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TMPDIR": str(temporary)}
-    for given in (str(foreign), str(foreign / "missing"), ""):
+    for given in (str(foreign), ""):
         environ["PROMETHEUS_MULTIPROC_DIR"] = given
         with gunicorn_process(environ) as (process, port):
             with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
