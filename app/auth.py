@@ -35,7 +35,7 @@ class _Verified(NamedTuple):
     exp: float
 
 
-def _forget_at(token: str, verified: _Verified, now: float) -> float:
+def _forget_at(key: object, verified: _Verified, now: float) -> float:
     return min(verified.exp, now + REMEMBERED_SECONDS)
 
 
@@ -44,9 +44,8 @@ class TokenVerifier:
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
-        self._generation = keys.generation
         # Verified tokens: the signature is checked once a minute at most, not with every heartbeat.
-        self._verified: TLRUCache[str, _Verified] = TLRUCache(REMEMBERED_TOKENS, _forget_at, timer=time.time)
+        self._verified: TLRUCache[Any, _Verified] = TLRUCache(REMEMBERED_TOKENS, _forget_at, timer=time.time)
         self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
         # Not the module's own decoder: its options are shared by all who import it.
@@ -70,22 +69,19 @@ class TokenVerifier:
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
-        generation = self._keys.generation
+        # What older keys have verified is remembered under an older generation, and so not found any more.
+        key = self._keys.generation, token
         with self._lock:
-            if generation != self._generation:
-                self._generation = generation
-                self._verified.clear()
             try:
-                return self._verified[token].subject
+                return self._verified[key].subject
             except KeyError:
                 pass
-        fresh = self._verify(token)
+        verified = self._verify(token)
         with self._lock:
-            if generation == self._generation:
-                self._verified[token] = fresh
-        return fresh.subject
+            self._verified[key] = verified
+        return verified.subject
 
-    def _verify(self, token: str) -> "_Verified":
+    def _verify(self, token: str) -> _Verified:
         if not COMPACT_JWS.fullmatch(token):
             raise TokenInvalid("The token is malformed")
         claims = self._claims(token)
@@ -97,12 +93,12 @@ class TokenVerifier:
             for key in candidates:
                 try:
                     return self._jwt.decode(token, key, **self._checks)
-                # Of another kind of key than this one, or of another key of its kind.
-                except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError, jwt.InvalidSignatureError):
+                # Not signed with this key, or meant for one of another kind: perhaps with the next.
+                except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError, jwt.InvalidSignatureError, TypeError):
                     continue
         except jwt.ExpiredSignatureError:
             raise TokenInvalid("The token has expired") from None
-        # A payload can hold whatever JSON can: PyJWT lets the last four escape for claims of a wrong type.
+        # What an odd payload makes PyJWT raise is its own business: no token is worth a 500.
         except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError):
             raise TokenInvalid("The token is not valid here") from None
         raise TokenInvalid("The token is not signed with a known key")

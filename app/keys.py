@@ -11,7 +11,7 @@ import gevent
 import jwt
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from app.config import RSA_ALGORITHMS, Config
+from app.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,13 @@ class JwksKeys:
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
         self._key_set: dict[str, Any] = {}
         self._keys: list[tuple[str | None, Key]] = []
-        self._fetch_ended = threading.Condition()
+        self._asking = threading.Lock()
         self._asked = threading.Event()
         self._asked_at = -math.inf
-        self._fetches_begun = self._fetches_ended = 0
-        self._fetch_awaited = 1
+        self._answered = threading.Event()  # the end of the fetch that was last asked for; the first is the start's
         threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
         # The first answers should not be 503 only because the key set is a moment away.
-        self._wait_for_fetch()
+        self._answered.wait(self.UNKNOWN_KEY_WAIT)
 
     def candidates(self, key_id: str | None) -> Sequence[Key]:
         """The keys to try for a `kid` (RFC 7515 §4.1.4). Raises KeysUnavailable where none could ever be loaded."""
@@ -77,25 +76,20 @@ class JwksKeys:
         return [key for id, key in self._keys if key_id is None or id in (None, key_id)]
 
     def _ask_for_fetch(self) -> None:
-        if time.monotonic() - self._asked_at >= self.COOLDOWN:
-            self._asked_at = time.monotonic()
-            # One that is under way may have been answered before the issuer knew the key.
-            self._fetch_awaited = self._fetches_begun + 1
-            self._asked.set()
-        self._wait_for_fetch()
-
-    def _wait_for_fetch(self) -> None:
-        with self._fetch_ended:
-            self._fetch_ended.wait_for(lambda: self._fetches_ended >= self._fetch_awaited, self.UNKNOWN_KEY_WAIT)
+        with self._asking:
+            if time.monotonic() - self._asked_at >= self.COOLDOWN:
+                self._asked_at = time.monotonic()
+                # Not the fetch that may be under way: the issuer may have answered it before it knew the key.
+                self._answered = threading.Event()
+                self._asked.set()
+        self._answered.wait(self.UNKNOWN_KEY_WAIT)
 
     def _refresh_for_ever(self) -> None:
         while True:
             self._asked.clear()
-            self._fetches_begun += 1
+            answered = self._answered
             self._refresh()
-            with self._fetch_ended:
-                self._fetches_ended = self._fetches_begun
-                self._fetch_ended.notify_all()
+            answered.set()
             self._asked.wait(self.REFRESH_EVERY if self._keys else self.RETRY_EVERY)
 
     def _refresh(self) -> None:
@@ -104,7 +98,7 @@ class JwksKeys:
             # FETCH_TIMEOUT is for each part of the answer that comes, however small.
             with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
                 key_set = self._client.fetch_data()
-            found = [key for data in key_set["keys"] for key in _signing_keys(data)]
+            found = [key for data in key_set["keys"] if (key := _signing_key(data))]
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
             return
@@ -117,22 +111,19 @@ class JwksKeys:
             self.generation += 1
 
 
-def _signing_keys(data: Any) -> Sequence[tuple[str | None, Key]]:
-    """A key of a set under its id, for each algorithm that it is for.
-
-    None at all where it is of no use here, secrets included (RFC 7517 §5: to be ignored).
-    """
+def _signing_key(data: Any) -> tuple[str | None, Key] | None:
+    """A key of a set and its id, or None where it is of no use here, such as a secret (RFC 7517 §5: to be ignored)."""
     try:
-        key = jwt.PyJWK(data)
-        usable = key.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
-        if not usable or key.key_type not in ("RSA", "EC", "OKP") or not isinstance(key.key_id, str | None):
-            return []
-        # PyJWT would bind an RSA key that names no algorithm to RS256.
-        algorithms = RSA_ALGORITHMS if key.key_type == "RSA" and "alg" not in data else [None]
-        return [(key.key_id, jwt.PyJWK(data, algorithm)) for algorithm in algorithms]
+        jwk = jwt.PyJWK(data)
+        usable = jwk.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
+        # A secret is bytes, and a private key signs: only a public key verifies.
+        if not usable or not hasattr(jwk.key, "verify") or not isinstance(jwk.key_id, str | None):
+            return None
+        # PyJWT would bind a key that names no algorithm to one: an RSA key to RS256.
+        return jwk.key_id, jwk if "alg" in data else jwk.key
     # What stands in a key set can be anything; one odd key does not spoil the others.
     except Exception:
-        return []
+        return None
 
 
 Keys = FixedKeys | JwksKeys

@@ -86,6 +86,7 @@ REVOKE = Script("revoke", repeatable=False)
 # A call of a script: its keys, then its arguments.
 Call = tuple[Sequence[str], Sequence[str | int]]
 Command = tuple[str | int, ...]
+# Told of every round trip: the script, the number of its calls, and the seconds it took.
 Observe = Callable[[str, int, float], None]
 PING_SECONDS = 1.5
 
@@ -132,7 +133,6 @@ class Scripts:
     """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
     def __init__(self, servers: Servers, config: Config, observe: Observe) -> None:
-        """`observe` hears of every round trip: the script, the number of its calls, and the seconds it took."""
         self._observe = observe
         self._servers = servers
         self._replicas = config.redis_wait_replicas
@@ -149,7 +149,7 @@ class Scripts:
         if not calls:
             return []
         with unavailable():
-            confirmation = self._confirmation(calls) if durably and self._replicas else None
+            confirmation = self._confirmation(script, calls) if durably and self._replicas else None
             replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
             for reply in replies:
                 if isinstance(reply, Exception):
@@ -162,8 +162,16 @@ class Scripts:
                     raise error
         return replies[: len(calls)]
 
-    def _confirmation(self, calls: Sequence[Call]) -> Confirmation:
-        client = self._servers.client_for(calls[0][0][0])
+    def client_for(self, script: Script, key: str) -> redis.Redis:
+        """The client of the server that holds a key. That nobody knows which it is, is trouble too, and raised."""
+        try:
+            return self._servers.client_for(key)
+        except (RedisError, OSError) as error:
+            self._notice(script.name, None, error)
+            raise
+
+    def _confirmation(self, script: Script, calls: Sequence[Call]) -> Confirmation:
+        client = self.client_for(script, calls[0][0][0])
         if client not in self._confirmations:
             try:
                 with within(self._seconds):
@@ -220,7 +228,8 @@ class Scripts:
     def _notice(self, what: str, client: redis.Redis | None, error: Exception | None) -> None:
         """Log trouble once when it begins and once when it is over.
 
-        For each script, since a full Redis refuses only some, and each server, since a cluster seldom fails as a whole.
+        For each script, since a full Redis refuses only some, and each server, since a cluster seldom fails as a whole;
+        `client` is None where nobody knows which server it would be.
         """
         where = (what, client)
         if error is not None:
@@ -228,8 +237,8 @@ class Scripts:
             if where not in self._in_trouble:
                 self._in_trouble.add(where)
                 log.error("redis_unavailable", extra={"script": what, "reason": _described(error)})
-        elif where in self._in_trouble:
-            self._in_trouble.discard(where)
+        elif self._in_trouble and (over := self._in_trouble & {where, (what, None)}):
+            self._in_trouble -= over
             log.warning("redis_available", extra={"script": what})
 
 
@@ -267,14 +276,11 @@ class SessionStore:
     """The sessions of all subjects. Every method raises StoreUnavailable where Redis is in trouble."""
 
     def __init__(self, config: Config, servers: Servers, observe: Observe = lambda *_: None) -> None:
-        """`observe` hears of every round trip: the script, the number of its calls, and the seconds it took."""
+        self._config = config
         self._servers = servers
         self._scripts = Scripts(servers, config, observe)
         # One for each server, so that one which hangs holds up nobody else.
         self._heartbeats: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
-        self._idle_timeout = config.session_idle_seconds
-        self._absolute_timeout = config.session_absolute_seconds
-        self._limit = config.session_limit
 
     def open(
         self,
@@ -291,12 +297,13 @@ class SessionStore:
         Raises TooManySessions at the limit.
         """
         id = secrets.token_urlsafe(24)
-        idle_ms = (idle_timeout or self._idle_timeout) * 1000
+        idle_ms = (idle_timeout or self._config.session_idle_seconds) * 1000
+        absolute_ms = self._config.session_absolute_seconds * 1000
         described = {"login": login_method, "device": device_name, "ip": ip_address, "location": location}
         fields = [part for name, value in described.items() if value is not None for part in (name, value)]
         prefix = session_key(subject, "")
         keys = [index_key(subject), prefix + id]
-        args: list[str | int] = [id, prefix, self._limit, idle_ms, self._absolute_timeout * 1000, *fields]
+        args: list[str | int] = [id, prefix, self._config.session_limit, idle_ms, absolute_ms, *fields]
         try:
             [reply] = self._scripts.run(OPEN, [(keys, args)], durably=True)
         except StoreUnavailable:
@@ -366,7 +373,7 @@ class SessionStore:
         return self._scripts.run(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
 
     def _batches(self, key: str) -> GroupCommit:
-        client = self._servers.client_for(key)
+        client = self._scripts.client_for(HEARTBEAT, key)
         batches = self._heartbeats.get(client)
         if batches is None:
             send = functools.partial(self._scripts.try_each, HEARTBEAT)

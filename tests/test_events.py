@@ -156,6 +156,25 @@ def test_outage(alice: Caller, database: redis.Redis, log: Log) -> None:
         assert log.names() == ["redis_available"]
 
 
+@pytest.mark.parametrize("script", ["heartbeat", "get"])
+def test_nobody_knows_where(app: Flask, alice: Caller, log: Log, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """It is an outage, too, while nobody knows which server holds a session, and each is two lines."""
+    ask, id = {"heartbeat": alice.heartbeat, "get": alice.read}[script], alice.open()
+    log.take()
+
+    def client_for(key: str) -> redis.Redis:
+        raise redis.ConnectionError("nobody knows")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(app.extensions["servers"], "client_for", client_for)
+            assert [ask(id).status_code for _ in range(3)] == [500] * 3
+        [line] = log.take()
+        assert (line["event"], line["script"]) == ("redis_unavailable", script)
+        assert [ask(id).status_code for _ in range(3)] == [200] * 3
+        assert log.names() == ["redis_available"]
+
+
 REQUEST_IDS = ["0af7651916cd43dd8448eb211c80319c", "a", "x" * 128, "A.b:c+d/e=f-g_h"]
 FORGED = [
     "",

@@ -84,9 +84,10 @@ class Key:
             "EdDSA": ed25519.Ed25519PrivateKey.generate,
         }[self.algorithm]()
 
-    def jwk(self, **members: object) -> dict[str, Any]:
+    def jwk(self, *, private: bool = False, **members: object) -> dict[str, Any]:
         kind = {"RS256": RSAAlgorithm, "ES256": ECAlgorithm, "EdDSA": OKPAlgorithm}[self.algorithm]
-        return {**kind.to_jwk(self._private.public_key(), as_dict=True), "kid": self.id, **members}
+        key = self._private if private else self._private.public_key()
+        return {**kind.to_jwk(key, as_dict=True), "kid": self.id, **members}
 
     def token(self, *, algorithm: str = "", **header: str | None) -> str:
         """A token under this key's id, unless the header names another one or None."""
@@ -339,6 +340,16 @@ def test_symmetric_key(issuer: Issuer, key: Key) -> None:
     assert status(app, hmac_token(kid="symmetric")) == status(app, hmac_token()) == 401
     assert status(app, hmac_token(kid="first")) == 401
     assert status(app, key.token()) == status(app, key.token(kid=None)) == 200
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_private_key(issuer: Issuer, algorithm: str) -> None:
+    """A private key that was published by mistake verifies nothing and is in nobody's way."""
+    leaked, key = Key("leaked", algorithm), Key("first", algorithm)
+    issuer.keys = [leaked.jwk(private=True, key_ops=["sign", "verify"]), key.jwk()]
+    app = app_of(issuer)
+    assert status(app, leaked.token()) == status(app, leaked.token(kid=None)) == 401
+    assert status(app, key.token(kid=None)) == 200
 
 
 @pytest.mark.parametrize("purpose", [{"use": "enc"}, {"key_ops": ["encrypt"]}], ids="".join)
