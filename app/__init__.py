@@ -1,13 +1,11 @@
 """The application factory."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import redis as redis_py
 from flask import Flask, Request, Response
 from flask.globals import request_ctx
-from flask.sessions import SessionInterface
 from flask_cors import CORS
 from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -23,19 +21,11 @@ from app.schemas import LARGEST_BODY, Answer, ContractJSON
 from app.store import SessionStore
 
 
-class NoCookies(SessionInterface):
-    """Flask's own sessions, in cookies, are not what this service is about."""
-
-    def open_session(self, app: Flask, request: Request) -> None:
-        return None
-
-
 class Service(Flask):
     """Flask without what this API has no use for: a tenth of an empty route's time."""
 
     json_provider_class = ContractJSON
     response_class = Answer
-    session_interface = NoCookies()
 
     def full_dispatch_request(self) -> Response:
         """Answers a request and counts it. Unlike Flask it calls no functions before a request: there are none."""
@@ -48,10 +38,6 @@ class Service(Flask):
         seconds = time.perf_counter() - began
         self.extensions["metrics"].request(request_ctx.request, response.status_code, seconds)
         return response
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """No function of ours is a coroutine."""
-        return func
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Routes by path and method; what is asked of Host and subdomains elsewhere makes no difference here."""
@@ -73,6 +59,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
         PROVIDE_AUTOMATIC_OPTIONS=bool(config.cors_origins),
     )
     app.url_map.merge_slashes = False  # no redirect on any path
+    app.url_map.converters["session_id"] = sessions.SessionIdConverter
     app.extensions["config"] = config
     servers = Single(redis) if redis is not None else connect(config)
     keys = load_keys(config)
@@ -81,20 +68,16 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.extensions["session_store"] = SessionStore(config, servers, app.extensions["metrics"].round_trip)
     app.extensions["keys"] = keys
     app.extensions["token_verifier"] = TokenVerifier(config, keys)
-    for blueprint in (sessions.bp, health.bp, openapi.bp, docs.bp):
+    for blueprint in (sessions.bp, health.bp, openapi.bp, docs.bp, cli.bp):
         app.register_blueprint(blueprint)
     if config.metrics_token != "off":
         app.register_blueprint(metrics.bp)
     app.extensions["openapi"] = openapi.document(app)
-    for command in (cli.token, cli.sessions, cli.doctor, cli.pseudonym):
-        app.cli.add_command(command)
     errors.register(app)
     if config.cors_origins:
         _let_browsers_in(app, config.cors_origins)
     if config.trusted_proxies:
-        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
-            app.wsgi_app, x_for=config.trusted_proxies, x_proto=0, x_host=0, x_port=0, x_prefix=0
-        )
+        app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)  # type: ignore[method-assign]
     return app
 
 

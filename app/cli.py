@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 import jwt
-from flask import current_app
-from flask.cli import with_appcontext
+from flask import Blueprint, current_app
+from flask.cli import AppGroup
 
 from app import events
 from app.config import Config
@@ -17,11 +17,12 @@ from app.schemas import rfc3339
 from app.sessions import store
 from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
+bp = Blueprint("cli", __name__, cli_group=None)
 
-@click.command()
+
+@bp.cli.command()
 @click.argument("subject")
 @click.option("--seconds", default=86400, show_default=True, help="How long the token is valid.")
-@with_appcontext
 def token(subject: str, seconds: int) -> None:
     """Print a token for SUBJECT, for development: only with JWT_SECRET."""
     config: Config = current_app.extensions["config"]
@@ -33,7 +34,7 @@ def token(subject: str, seconds: int) -> None:
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
 
 
-class Trouble(click.Group):
+class Trouble(AppGroup):
     """Commands that end in one line where Redis is in trouble."""
 
     def invoke(self, context: click.Context) -> Any:
@@ -43,14 +44,13 @@ class Trouble(click.Group):
             raise click.ClickException(f"Redis is in trouble: {error}") from error
 
 
-@click.group(cls=Trouble)
+@bp.cli.group(cls=Trouble)
 def sessions() -> None:
     """See and end the sessions of a subject."""
 
 
 @sessions.command("list")
 @click.argument("subject")
-@with_appcontext
 def list_sessions(subject: str) -> None:
     """Print SUBJECT's live sessions, the most recently active first."""
     for session in store().list(subject):
@@ -62,7 +62,6 @@ def list_sessions(subject: str) -> None:
 @sessions.command()
 @click.argument("subject")
 @click.option("--id", help="Only this session.")
-@with_appcontext
 def revoke(subject: str, id: str | None) -> None:
     """End SUBJECT's sessions, or one of them."""
     if id is None:
@@ -75,16 +74,14 @@ def revoke(subject: str, id: str | None) -> None:
     click.echo("1 revoked")
 
 
-@click.command()
+@bp.cli.command()
 @click.argument("value")
-@with_appcontext
 def pseudonym(value: str) -> None:
     """Print what stands in the logs for VALUE, a subject or a session id."""
     click.echo(events.pseudonym(value))
 
 
-@click.command()
-@with_appcontext
+@bp.cli.command()
 def doctor() -> None:
     """Look at all that has to be right before devices come: a line each; exit code 1 where something is not."""
     failed = False

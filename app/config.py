@@ -1,11 +1,10 @@
 """The configuration: one frozen `Config`, parsed once from the environment."""
 
-import hashlib
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -91,8 +90,8 @@ def parse_redis_url(text: str) -> str:
         raise ValueError("is not a URL") from None
     if not re.fullmatch(REDIS_SCHEMES[scheme], url.path):
         raise ValueError("must end in a database number, as in redis://host:6379/0, or redis+sentinel://…/service/0")
-    # An option in the URL would override the timeouts that bound every answer.
-    if not re.fullmatch(r"(db=[0-9]+)?", url.query):
+    # Any other option would override the timeouts that bound every answer.
+    if not re.fullmatch(r"(db=[0-9]+)?" if scheme in ("redis", "rediss", "unix") else "", url.query):
         raise ValueError("takes no option after the ? but db, as in unix:///run/redis.sock?db=1")
     return text
 
@@ -112,13 +111,6 @@ def parse_ca_certs(text: str) -> str:
     if not pem.startswith("-----BEGIN CERTIFICATE-----") and not os.path.isfile(text):
         raise ValueError("must be a PEM certificate or the path of a file")
     return pem
-
-
-def parse_on_off(text: str) -> bool:
-    """A parser for a switch."""
-    if text not in ("on", "off"):
-        raise ValueError("must be on or off")
-    return text == "on"
 
 
 def parse_public_key(text: str) -> str:
@@ -141,26 +133,21 @@ def parse_jwks_url(text: str) -> str:
     return text
 
 
+def matching(pattern: str, rule: str) -> Callable[[str], str]:
+    """A parser for text that matches a pattern from its beginning to its end."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(rule)
+        return text
+
+    return parse
+
+
 def parse_origins(text: str) -> tuple[str, ...]:
-    """A parser for origins (RFC 6454 §6.2): scheme, host and port, and nothing behind them."""
-    origins = tuple(text.replace(",", " ").split())
-    if not all(re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]+)?", origin) for origin in origins):
-        raise ValueError("must be origins such as https://app.example.com, separated by spaces")
-    return origins
-
-
-def parse_metrics_token(text: str) -> str:
-    """A parser for the token of /metrics, or the word off."""
-    if text != "off" and not re.fullmatch(r"[\w.~+/=-]{16,}", text, re.ASCII):
-        raise ValueError("must be 16 or more letters, digits and -._~+/=, or off")
-    return text
-
-
-def parse_log_key(text: str) -> str:
-    """A parser for the key that names are hashed with."""
-    if len(text) < 16:
-        raise ValueError("must have 16 characters or more")
-    return text
+    """Scheme, host and port, and nothing behind them (RFC 6454 §6.2)."""
+    rule = "must be origins such as https://app.example.com, separated by spaces"
+    return tuple(map(matching(r"https?://[a-z0-9.-]+(:[0-9]+)?", rule), parse_words(text)))
 
 
 def algorithms_of(pem: str) -> tuple[str, ...]:
@@ -191,7 +178,7 @@ class Config:
     redis_tls_url: str | None = setting(parse_redis_url, secret=True)
     redis_timeout_seconds: float = setting(parse_timeout_seconds, 0.5)
     redis_ca_certs: str | None = setting(parse_ca_certs, secret=True)
-    redis_tls_verify: bool = setting(parse_on_off, True)
+    redis_tls_verify: bool = setting(lambda text: matching("on|off", "must be on or off")(text) == "on", True)
     redis_wait_replicas: int = setting(whole(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: str | None = setting(parse_public_key, secret=True)
@@ -207,8 +194,10 @@ class Config:
     session_limit: int = setting(whole(1, 10000), 100)
     trusted_proxies: int = setting(whole(0, 16), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
-    metrics_token: str | None = setting(parse_metrics_token, secret=True)
-    log_key: str | None = setting(parse_log_key, secret=True)
+    metrics_token: str | None = setting(
+        matching(r"[\w.~+/=-]{16,}|off", "must be 16 or more letters, digits and -._~+/=, or off"), secret=True
+    )
+    log_key: str | None = setting(matching("(?s:.{16,})", "must have 16 characters or more"), secret=True)
     port: int = setting(whole(1, 65535), 8000)  # gunicorn's own; here so that a bad one is listed with the rest
     web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
 
@@ -220,40 +209,42 @@ class Config:
         """
         problems: list[str] = []
         values = {}
+        given = {each.name: text for each in fields(cls) if (text := environ.get(each.name.upper(), "").strip())}
         for each in fields(cls):
-            text = environ.get(each.name.upper(), "").strip()
-            if text:
+            if text := given.get(each.name, ""):
                 try:
                     text.encode()
                     values[each.name] = each.metadata["parse"](text)
                 except UnicodeEncodeError:
                     problems.append(f"{each.name.upper()}: is not UTF-8")
                 except ValueError as rule:
-                    problems.append(_complaint(each, text, str(rule)))
+                    shown = "" if each.metadata["secret"] else f"={text!r}"
+                    problems.append(f"{each.name.upper()}{shown}: {rule}")
         config = cls(**{**values, "redis_url": values.get("redis_tls_url") or values.get("redis_url", "")})
-        problems += config._conflicts(environ)
+        problems += config._conflicts(given)
         if problems:
             raise ConfigError(problems)
         return config
 
-    def _conflicts(self, environ: Mapping[str, str]) -> list[str]:
+    def _conflicts(self, given: Mapping[str, str]) -> list[str]:
         """What no single variable can say. A variable that was refused already is not missing."""
-        given = [n for n in ("JWT_SECRET", "JWT_PUBLIC_KEY", "JWT_JWKS_URL") if environ.get(n, "").strip()]
+        sources = [name for name in ("jwt_secret", "jwt_public_key", "jwt_jwks_url") if name in given]
+        listed = ", ".join(sources).upper()
         problems = []
-        if not any(environ.get(name, "").strip() for name in ("REDIS_URL", "REDIS_TLS_URL")):
+        if not given.keys() & {"redis_url", "redis_tls_url"}:
             problems.append("REDIS_URL: must be set")
         if self.redis_url.startswith("memory://") and self.web_concurrency > 1:
             problems.append("REDIS_URL: memory:// is one process's own; it needs WEB_CONCURRENCY=1")
-        if len(given) != 1:
+        if len(sources) != 1:
             problems.append(
                 "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, "
-                + (f"not {len(given)}: {', '.join(given)}" if given else "none is")
+                + (f"not {len(sources)}: {listed}" if sources else "none is")
             )
-        elif getattr(self, given[0].lower()) and (
+        elif getattr(self, sources[0]) and (
             unfit := [a for a in self.jwt_algorithms if a not in self._possible_algorithms()]
         ):
             problems.append(
-                f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {', '.join(unfit)} cannot be used with {given[0]}"
+                f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {', '.join(unfit)} cannot be used with {listed}"
             )
         if self.redis_wait_replicas and self.redis_url.startswith("memory://"):
             problems.append("REDIS_WAIT_REPLICAS: memory:// has no replicas")
@@ -277,14 +268,9 @@ class Config:
     @property
     def pseudonym_key(self) -> bytes:
         """What ids and subjects are hashed with in logs: the same in every worker, and a secret where these are."""
-        return hashlib.sha256((self.log_key or " ".join(["log", self.redis_url, *self.jwt_secret])).encode()).digest()
+        return (self.log_key or " ".join(["log", self.redis_url, *self.jwt_secret])).encode()
 
     @property
     def algorithms(self) -> tuple[str, ...]:
         """The allow-list, of one family: what is configured, or else all that the key can verify."""
         return self.jwt_algorithms or self._possible_algorithms()
-
-
-def _complaint(each: "Field[Any]", text: str, rule: str) -> str:
-    name = each.name.upper()
-    return f"{name}: {rule}" if each.metadata["secret"] else f"{name}={text!r}: {rule}"

@@ -4,7 +4,7 @@ import logging
 import random
 from typing import Any
 
-from flask import Flask, Response, current_app, g, jsonify, request
+from flask import Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
@@ -102,19 +102,19 @@ def refused(reason: str) -> None:
 
 
 def session_not_found(e: SessionNotFound) -> Response:
-    emit("session_not_found", subject=g.subject, session=(request.view_args or {})["id"], endpoint=request.endpoint)
+    emit("session_not_found", session=(request.view_args or {})["id"], endpoint=request.endpoint)
     return error(404, not_found(request.path))
 
 
 def too_many_sessions(e: TooManySessions) -> Response:
-    emit("limit_reached", subject=g.subject)
+    emit("limit_reached")
     return error(429, headers=retry_after(30))
 
 
 def store_unavailable(e: StoreUnavailable) -> Response:
     # It may have been done, and later nothing would tell such an end from an expiry.
     if request.endpoint in ("sessions.revoke", "sessions.revoke_all"):
-        emit("revoke_uncertain", subject=g.subject, session=(request.view_args or {}).get("id"))
+        emit("revoke_uncertain", session=(request.view_args or {}).get("id"))
     return failed()
 
 

@@ -1,6 +1,5 @@
 """What happened to a session, for operators: one log line for each event that matters."""
 
-import hashlib
 import hmac
 import logging
 import re
@@ -11,19 +10,19 @@ from flask import Response, after_this_request, current_app, g, request
 log = logging.getLogger("sessions")
 
 
-def emit(event: str, *, subject: str | None = None, session: str | None = None, **fields: object) -> None:
-    """Log an event of this request. Subjects and session ids appear only as keyed hashes, the same in every line.
+def emit(event: str, *, session: str | None = None, **fields: object) -> None:
+    """Log an event of this request and its subject. Subjects and session ids appear only as keyed hashes.
 
     The request's id goes into the line and, as `X-Request-Id`, into the answer.
     """
-    known = {"subject": subject, "session": session}
+    known = {"subject": g.get("subject"), "session": session}
     hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
     log.info(event, extra={"request_id": request_id(), **hashes, **fields})
 
 
 def pseudonym(value: str) -> str:
     """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex."""
-    return hmac.digest(current_app.extensions["config"].pseudonym_key, value.encode(), hashlib.sha256).hex()[:16]
+    return hmac.digest(current_app.extensions["config"].pseudonym_key, value.encode(), "sha256").hex()[:16]
 
 
 def request_id() -> str:

@@ -31,11 +31,6 @@ class SessionIdConverter(BaseConverter):
     regex = SESSION_ID
 
 
-@bp.record_once
-def _prepare(state: Any) -> None:
-    state.app.url_map.converters["session_id"] = SessionIdConverter
-
-
 def store() -> SessionStore:
     return current_app.extensions["session_store"]  # type: ignore[no-any-return]
 
@@ -90,7 +85,7 @@ def heartbeat_many() -> dict[str, Any]:
     counted["renewed"].inc(len(ids) - missing)
     counted["not_found"].inc(missing)
     if missing:
-        emit("sessions_not_found", subject=g.subject, number=missing)
+        emit("sessions_not_found", number=missing)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
@@ -122,7 +117,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
     session = store().open(g.subject, ip_address=peer_address(), **options)
     current_app.extensions["metrics"].opened.inc()
-    emit("session_opened", subject=g.subject, session=session.id)
+    emit("session_opened", session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
     return body, 201, {"Location": url_for("sessions.get_session", id=session.id)}
 
@@ -149,7 +144,7 @@ def revoke(id: str) -> dict[str, Any]:
     ignore_body()
     store().revoke(g.subject, id)
     current_app.extensions["metrics"].revoked.inc()
-    emit("session_revoked", subject=g.subject, session=id)
+    emit("session_revoked", session=id)
     return {"success": True, "message": "Session revoked successfully"}
 
 
@@ -165,7 +160,7 @@ def revoke_all() -> dict[str, Any]:
     """
     number = store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
     current_app.extensions["metrics"].revoked.inc(number)
-    emit("sessions_revoked", subject=g.subject, number=number)
+    emit("sessions_revoked", number=number)
     return {"success": True, "message": "All sessions revoked successfully"}
 
 
