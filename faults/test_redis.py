@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
@@ -14,9 +13,9 @@ from tests.servers import PERSISTENT, RedisServer, gunicorn, until
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[RedisServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis that keeps what it has acknowledged when it is killed."""
-    with RedisServer(folder, *PERSISTENT) as server:
+    with RedisServer(tmp_path_factory.mktemp("t"), *PERSISTENT) as server:
         yield server
 
 
