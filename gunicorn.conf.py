@@ -1,5 +1,6 @@
 """How gunicorn serves the app. PORT is its own: it listens on 0.0.0.0:$PORT, or on 127.0.0.1:8000 without one."""
 
+import contextlib
 import json
 import os
 import resource
@@ -19,24 +20,25 @@ READ_SECONDS = 20  # in which a client takes in what it is sent, or something of
 
 # A connection is a file, and the soft limit is often 1024.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+with contextlib.suppress(ValueError):  # macOS has no hard limit, and refuses a soft one without end
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 # Greenlets: a client that sends slowly, or only keeps its connection open, holds up nobody else.
 worker_class = "gevent"
 workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
 worker_connections = 10_000
 
-# Also the time in which the headers of a request have to arrive. A proxy keeps its connections open for a minute
-# and would lose requests on one that is closed under its hands; without a proxy in front, slow clients are ours to cut.
+# Also the time in which the headers of a request have to arrive. A proxy keeps its connections open for a minute and
+# would lose a request that it sends on one which we are closing; without a proxy, slow clients are ours to cut off.
 keepalive = 75 if os.environ.get("TRUSTED_PROXIES", "0").strip() not in ("", "0") else 5
 timeout = 30
-# A PaaS kills what has not stopped after 30 seconds, and idle connections would take all that they are given.
+# A PaaS kills what has not stopped after 30 seconds, and where connections are idle gunicorn takes all of this time.
 graceful_timeout = 10
 
 # A socket in the home folder through which the server could be steered.
 control_socket_disable = True
 
-# By default a SCRIPT_NAME from localhost would be believed: where the service is mounted, and so what its paths are.
+# By default gunicorn believes a header SCRIPT_NAME that comes from localhost, and with it paths begin elsewhere.
 forwarder_headers = ""
 
 # Logs are a stream on stdout (https://12factor.net/logs), a JSON object a line, UTC.
@@ -64,7 +66,7 @@ class logger_class(Logger):
         pass
 
     def exception(self, msg, *args, **kwargs):
-        """Not that a client was cut off for reading nothing: anybody can have that said as often as they like."""
+        """Not that a client was cut off for reading nothing: anybody could fill the log with that."""
         if not isinstance(sys.exc_info()[1], TimeoutError):
             super().exception(msg, *args, **kwargs)
 
@@ -130,8 +132,8 @@ def on_starting(server):
 
 def when_ready(server):
     """Make ready what all workers share, before the first of them starts."""
-    # Where their counters are added up, from zero on. Prometheus takes a restart for what it is. Always a folder of
-    # our own: one that is given might be in use by others, or hold what we have counted before.
+    # Where their counters are added up. They begin at zero, which Prometheus knows how to take. Always a folder of our
+    # own: one that is given might be in use by others, or hold what we have counted before.
     server.metrics_folder = os.environ[METRICS] = tempfile.mkdtemp(prefix="metrics-")
     # Those who do not read their answers are cut: a connection of theirs would last for ever.
     for listener in server.LISTENERS:

@@ -14,21 +14,21 @@ from werkzeug.routing import MapAdapter
 from app import cli, docs, errors, health, metrics, openapi, sessions
 from app.auth import TokenVerifier
 from app.config import Config
-from app.connection import Single, connect
+from app.connection import OnePrimary, connect
 from app.keys import load_keys
 from app.metrics import Metrics
-from app.schemas import LARGEST_BODY, Answer, ContractJSON
+from app.schemas import LARGEST_BODY, ContractJSON, JSONResponse
 from app.store import SessionStore
 
 
-class Service(Flask):
-    """Flask without what this API has no use for: a tenth of an empty route's time."""
+class LeanFlask(Flask):
+    """Flask minus steps of each request that this API does not need; they take a tenth of an empty route's time."""
 
     json_provider_class = ContractJSON
-    response_class = Answer
+    response_class = JSONResponse
 
     def full_dispatch_request(self) -> Response:
-        """Answers a request and counts it. Unlike Flask it calls no functions before a request: there are none."""
+        """Answer a request and count it, without Flask's signals and `before_request` functions: the app has none."""
         began = time.perf_counter()
         try:
             answer = self.dispatch_request()
@@ -40,7 +40,7 @@ class Service(Flask):
         return response
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Routes by path and method; what is asked of Host and subdomains elsewhere makes no difference here."""
+        """Match path and method only; Flask would look at the Host header, too."""
         if request is None:
             return None
         if request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug takes for a single slash
@@ -52,7 +52,7 @@ class Service(Flask):
 
 def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     """The WSGI application for one configuration; `redis` stands in for the client that `config.redis_url` names."""
-    app = Service(__name__, static_folder=None)
+    app = LeanFlask(__name__, static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=LARGEST_BODY + 1,  # schemas.read_body says why the one
         # Without CORS an OPTIONS is a 405 with Allow, in JSON like the rest.
@@ -61,7 +61,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.url_map.merge_slashes = False  # no redirect on any path
     app.url_map.converters["session_id"] = sessions.SessionIdConverter
     app.extensions["config"] = config
-    servers = Single(redis) if redis is not None else connect(config)
+    servers = OnePrimary(redis) if redis is not None else connect(config)
     keys = load_keys(config)
     app.extensions["metrics"] = Metrics()
     app.extensions["servers"] = servers
@@ -75,14 +75,14 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.extensions["openapi"] = openapi.document(app)
     errors.register(app)
     if config.cors_origins:
-        _let_browsers_in(app, config.cors_origins)
+        _enable_cors(app, config.cors_origins)
     if config.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)  # type: ignore[method-assign]
     return app
 
 
-def _let_browsers_in(app: Flask, origins: Sequence[str]) -> None:
-    """Answer the preflights of pages of these origins, and let their scripts read what devices read."""
+def _enable_cors(app: Flask, origins: Sequence[str]) -> None:
+    """Answer preflights from these origins, and expose the headers that devices use."""
     CORS(
         app,
         resources=r"/sessions.*",

@@ -17,7 +17,7 @@ from app.keys import Keys
 # RFC 7515 §7.1: three parts of base64url without padding.
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 LONGEST_SUBJECT = 256
-# A token goes on being accepted for so long after its key was withdrawn from a process that does not know yet.
+# How long a token that was verified is not verified again.
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 16_384
 

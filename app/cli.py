@@ -11,7 +11,7 @@ from flask.cli import AppGroup
 
 from app import events
 from app.config import Config
-from app.health import Finding, inspect
+from app.health import Finding, examine
 from app.keys import KeysUnavailable
 from app.schemas import rfc3339
 from app.sessions import store
@@ -34,8 +34,8 @@ def token(subject: str, seconds: int) -> None:
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
 
 
-class Trouble(AppGroup):
-    """Commands that end in one line where Redis is in trouble."""
+class OneLineErrors(AppGroup):
+    """Commands for which trouble in Redis is an error of one line and not a traceback."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -44,7 +44,7 @@ class Trouble(AppGroup):
             raise click.ClickException(f"Redis is in trouble: {error}") from error
 
 
-@bp.cli.group(cls=Trouble)
+@bp.cli.group(cls=OneLineErrors)
 def sessions() -> None:
     """See and end the sessions of a subject."""
 
@@ -83,7 +83,7 @@ def pseudonym(value: str) -> None:
 
 @bp.cli.command()
 def doctor() -> None:
-    """Look at all that has to be right before devices come: a line each; exit code 1 where something is not."""
+    """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
     failed = False
     for finding in _examine():
         click.echo(f"{finding.level:8} {finding.text}")
@@ -93,7 +93,7 @@ def doctor() -> None:
 
 def _examine() -> Iterator[Finding]:
     yield Finding("ok", "The configuration is complete")
-    yield from inspect(current_app.extensions["servers"])
+    yield from examine(current_app.extensions["servers"])
     try:
         current_app.extensions["keys"].candidates(None)
         yield Finding("ok", "Signing keys are loaded")
@@ -110,5 +110,5 @@ def _examine() -> Iterator[Finding]:
 
 
 def _printable(text: str) -> str:
-    """Without what could move a terminal's cursor: names are the callers' own."""
+    """Without control characters, which could steer a terminal: the callers choose these names."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

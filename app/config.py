@@ -17,7 +17,7 @@ HMAC_KEY_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 PUBLIC_KEY_ALGORITHMS = (*RSA_ALGORITHMS, *EC_ALGORITHMS.values(), "EdDSA")
-# Each scheme with what may follow the address.
+# Each scheme, and what its path may be.
 REDIS_SCHEMES = {
     "redis": r"/?|/[0-9]+",
     "rediss": r"/?|/[0-9]+",
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     """A parser for a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
@@ -49,11 +49,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def parse_timeout_seconds(text: str) -> float:
-    """A parser for the Redis timeout.
-
-    A round trip is given 0.1 seconds more than that, and a list takes three: all of it has to fit into the contract's
-    2 seconds.
-    """
+    """At most 0.5: a round trip is given 0.1 seconds more, a list takes three, and the contract allows 2 seconds."""
     try:
         value = float(text)
     except ValueError:
@@ -64,12 +60,12 @@ def parse_timeout_seconds(text: str) -> float:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """A parser for a list, separated by spaces or commas."""
+    """A list, separated by spaces or commas."""
     return tuple(text.replace(",", " ").split())
 
 
 def parse_secrets(text: str) -> tuple[str, ...]:
-    """A parser for HMAC secrets, separated by spaces (RFC 7518 §3.2 on their length)."""
+    """HMAC secrets, separated by spaces; RFC 7518 §3.2 says how long they have to be."""
     found = tuple(text.split())
     if any(len(secret.encode()) < HMAC_KEY_BYTES["HS256"] for secret in found):
         raise ValueError("every secret must have 32 bytes or more")
@@ -77,7 +73,7 @@ def parse_secrets(text: str) -> tuple[str, ...]:
 
 
 def parse_redis_url(text: str) -> str:
-    """A parser for the address of Redis."""
+    """The address of Redis; nothing in it may undo the timeouts that bound every answer."""
     scheme = text.partition("://")[0]
     if scheme not in REDIS_SCHEMES:
         raise ValueError("must start with " + ", ".join(f"{scheme}://" for scheme in REDIS_SCHEMES))
@@ -90,7 +86,6 @@ def parse_redis_url(text: str) -> str:
         raise ValueError("is not a URL") from None
     if not re.fullmatch(REDIS_SCHEMES[scheme], url.path):
         raise ValueError("must end in a database number, as in redis://host:6379/0, or redis+sentinel://…/service/0")
-    # Any other option would override the timeouts that bound every answer.
     if not re.fullmatch(r"(db=[0-9]+)?" if scheme in ("redis", "rediss", "unix") else "", url.query):
         raise ValueError("takes no option after the ? but db, as in unix:///run/redis.sock?db=1")
     return text
@@ -106,7 +101,7 @@ def addresses_of(url: str) -> list[tuple[str, int]]:
 
 
 def parse_ca_certs(text: str) -> str:
-    """A parser for authorities to trust: PEM (RFC 7468), or the path of a file with it."""
+    """Authorities to trust: PEM (RFC 7468), or the path of a file with it."""
     pem = text.replace("\\n", "\n")
     if not pem.startswith("-----BEGIN CERTIFICATE-----") and not os.path.isfile(text):
         raise ValueError("must be a PEM certificate or the path of a file")
@@ -114,7 +109,7 @@ def parse_ca_certs(text: str) -> str:
 
 
 def parse_public_key(text: str) -> str:
-    """A parser for a public key in PEM (RFC 7468 §13)."""
+    """A public key in PEM (RFC 7468 §13)."""
     # A PaaS keeps a PEM on one line, with \n spelled out.
     pem = text.replace("\\n", "\n")
     try:
@@ -125,7 +120,7 @@ def parse_public_key(text: str) -> str:
 
 
 def parse_jwks_url(text: str) -> str:
-    """A parser for the key set's address; whoever can change it in transit could sign tokens."""
+    """The key set's address. Only https: whoever can change the keys in transit can sign tokens."""
     url = urlsplit(text)
     loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if not url.hostname or not (url.scheme == "https" or url.scheme == "http" and loopback):
@@ -179,27 +174,27 @@ class Config:
     redis_timeout_seconds: float = setting(parse_timeout_seconds, 0.5)
     redis_ca_certs: str | None = setting(parse_ca_certs, secret=True)
     redis_tls_verify: bool = setting(lambda text: matching("on|off", "must be on or off")(text) == "on", True)
-    redis_wait_replicas: int = setting(whole(0, 5), 0)
+    redis_wait_replicas: int = setting(whole_number(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: str | None = setting(parse_public_key, secret=True)
     jwt_jwks_url: str | None = setting(parse_jwks_url)
     jwt_algorithms: tuple[str, ...] = setting(parse_words, ())
     jwt_issuer: str | None = setting(str)
     jwt_audience: str | None = setting(str)
-    jwt_leeway_seconds: int = setting(whole(0, 300), 30)
+    jwt_leeway_seconds: int = setting(whole_number(0, 300), 30)
     jwt_subject_claim: str = setting(str, "sub")
-    session_idle_seconds: int = setting(whole(1, LONGEST_SECONDS), 1800)
-    session_idle_max_seconds: int = setting(whole(1, LONGEST_SECONDS), 86400)
-    session_absolute_seconds: int = setting(whole(1, LONGEST_SECONDS), 2592000)
-    session_limit: int = setting(whole(1, 10000), 100)
-    trusted_proxies: int = setting(whole(0, 16), 0)
+    session_idle_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 1800)
+    session_idle_max_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 86400)
+    session_absolute_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 2592000)
+    session_limit: int = setting(whole_number(1, 10000), 100)
+    trusted_proxies: int = setting(whole_number(0, 16), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(
         matching(r"[\w.~+/=-]{16,}|off", "must be 16 or more letters, digits and -._~+/=, or off"), secret=True
     )
     log_key: str | None = setting(matching("(?s:.{16,})", "must have 16 characters or more"), secret=True)
-    port: int = setting(whole(1, 65535), 8000)  # gunicorn's own; here so that a bad one is listed with the rest
-    web_concurrency: int = setting(whole(1, 1024), os.cpu_count() or 1)
+    port: int = setting(whole_number(1, 65535), 8000)  # gunicorn's own; here so that a bad one is listed with the rest
+    web_concurrency: int = setting(whole_number(1, 1024), os.cpu_count() or 1)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Config":
@@ -227,7 +222,7 @@ class Config:
         return config
 
     def _conflicts(self, given: Mapping[str, str]) -> list[str]:
-        """What no single variable can say. A variable that was refused already is not missing."""
+        """Problems of a combination. A variable that was given and refused is not reported as missing, too."""
         sources = [name for name in ("jwt_secret", "jwt_public_key", "jwt_jwks_url") if name in given]
         listed = ", ".join(sources).upper()
         problems = []
@@ -267,7 +262,7 @@ class Config:
 
     @property
     def pseudonym_key(self) -> bytes:
-        """What ids and subjects are hashed with in logs: the same in every worker, and a secret where these are."""
+        """The key of the hashes in logs: the same in every worker, and only as secret as what it is made from."""
         return (self.log_key or " ".join(["log", self.redis_url, *self.jwt_secret])).encode()
 
     @property

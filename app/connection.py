@@ -1,4 +1,4 @@
-"""From a URL to Redis: one server, Sentinel, Cluster or in-process; timeouts and retries said out loud."""
+"""From a URL to Redis: one server, Sentinel, Cluster or in-process; timeouts and retries all explicit."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 POOL_SIZE = 10
 
 
-class Single:
+class OnePrimary:
     """One server at a fixed address, or whichever Sentinel says is the primary: all keys are there."""
 
     def __init__(self, client: redis.Redis) -> None:
@@ -43,8 +43,8 @@ class Single:
     def failed(self, error: Exception) -> None:
         """Take notice of trouble with a server."""
         if isinstance(error, ReadOnlyError):
-            # The primary has moved to another host under the same name; only a new connection finds it. Those that
-            # are in use are their users' to close: each of them gets to see the same error.
+            # The primary has moved to another host under the same name; only a new connection finds it. Connections
+            # in use are left alone: their users meet the same error and close them.
             self._client.connection_pool.disconnect(inuse_connections=False)
 
 
@@ -77,7 +77,7 @@ class Cluster:
     def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
         """Send a command where MOVED or ASK points to, and learn from it."""
         cluster = self._reached()
-        # redis-py goes only where its map has a node, and one that is just getting its first slot is in no map.
+        # redis-py follows only to nodes that it knows, and one that is getting its first slot is not yet among them.
         node = ClusterNode(redirection.host, redirection.port)
         cluster.nodes_manager.nodes_cache.setdefault(node.name, node)
         try:
@@ -121,7 +121,7 @@ class Cluster:
             self._trouble = ""
 
 
-Servers = Single | Cluster
+Servers = OnePrimary | Cluster
 
 
 def connect(config: Config) -> Servers:
@@ -132,7 +132,7 @@ def connect(config: Config) -> Servers:
     """
     url = urlsplit(config.redis_url)
     if url.scheme == "memory":
-        return Single(_in_process())
+        return OnePrimary(_in_process())
     timeouts: dict[str, Any] = {
         "socket_timeout": config.redis_timeout_seconds,
         "socket_connect_timeout": config.redis_timeout_seconds,
@@ -140,8 +140,8 @@ def connect(config: Config) -> Servers:
         "protocol": 2,
     }
     if url.scheme != "rediss":
-        # Without this each new connection begins with two commands that tell of redis-py, and waits for each. Over TLS
-        # it has to read something: session tickets on their way make the pool take it for one that is not ready.
+        # Spares each new connection the two round trips of CLIENT SETINFO. Not over TLS, where session tickets that
+        # nobody has read yet would make the pool refuse the connection as one with an unread reply.
         timeouts["driver_info"] = None
     queue: dict[str, Any] = {
         "max_connections": POOL_SIZE,
@@ -150,12 +150,12 @@ def connect(config: Config) -> Servers:
     }
     credentials = {"username": unquote(url.username or "") or None, "password": unquote(url.password or "") or None}
     if url.scheme == "redis+sentinel":
-        return Single(_by_sentinel(config, credentials, timeouts, queue))
+        return OnePrimary(_by_sentinel(config, credentials, timeouts, queue))
     if url.scheme == "redis+cluster":
         return Cluster(lambda: _by_cluster(config, credentials, timeouts, queue))
     tls = _tls(config) if url.scheme == "rediss" else {}
     pool = redis.BlockingConnectionPool.from_url(config.redis_url, retry=_retries(1), **timeouts, **queue, **tls)
-    return Single(redis.Redis(connection_pool=pool))
+    return OnePrimary(redis.Redis(connection_pool=pool))
 
 
 def _retries(number: int) -> Retry:
@@ -207,7 +207,7 @@ class _SentinelPool(SentinelConnectionPool, redis.BlockingConnectionPool):
     def get_master_address(self) -> tuple[str, int]:
         """The primary's address, as the sentinels last had it. Raises MasterNotFoundError where they never had.
 
-        The first callers wait until sentinels have been asked once, as long as they would for an answer of Redis's.
+        Before the first answer of a sentinel callers wait for it, as long as they would for an answer of Redis's.
         """
         if self.master_address is None:
             self._asked.wait(self.connection_kwargs["socket_timeout"])
@@ -216,18 +216,18 @@ class _SentinelPool(SentinelConnectionPool, redis.BlockingConnectionPool):
         return self.master_address  # type: ignore[no-any-return]
 
     def owns_connection(self, connection: Any) -> bool:
-        """Also one that has never reached a primary; redis-py would let go of it and yet keep it in its list."""
+        """Counts as ours also what never reached a primary: redis-py would drop it and yet keep it in its list."""
         return not connection.is_connected or super().owns_connection(connection)  # type: ignore[no-untyped-call]
 
     def watch(self) -> None:
-        """Ask for the primary twice a second: the pool would go on writing to the old one until that is told.
+        """Ask for the primary twice a second: the pool would go on writing to the old one until that learns of its end.
 
         Where it has changed, redis-py closes the idle connections to the old one.
         """
         while True:
             try:
                 self.proxy.get_master_address()
-            except Exception as error:  # whatever a sentinel says, next time another one may know better
+            except Exception as error:  # whatever it is, the next time another sentinel may know better
                 self._trouble = str(error).partition(" : ")[0]  # and not what redis-py says of its own objects
             self._asked.set()
             time.sleep(0.5)

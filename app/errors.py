@@ -65,7 +65,7 @@ def retry_after(seconds: int) -> dict[str, str]:
 
 
 def not_found(path: str) -> str:
-    """The sentence for a path. An id that could be none and one of another subject must read the same."""
+    """The sentence for a path: the same for a malformed id, a missing session and another subject's."""
     if not path.startswith("/sessions/"):
         return "Not found"
     return "Session not found or expired" if path.endswith("/heartbeat") else "Session not found"
@@ -112,7 +112,7 @@ def too_many_sessions(e: TooManySessions) -> Response:
 
 
 def store_unavailable(e: StoreUnavailable) -> Response:
-    # It may have been done, and later nothing would tell such an end from an expiry.
+    # The revoke may have taken effect: without a line the session would seem to have expired.
     if request.endpoint in ("sessions.revoke", "sessions.revoke_all"):
         emit("revoke_uncertain", session=(request.view_args or {}).get("id"))
     return failed()

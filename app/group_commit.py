@@ -25,9 +25,9 @@ class _Batch:
 class GroupCommit:
     """Sends commands in batches, one batch at a time, without a thread or a timer of its own.
 
-    Who opens a batch leads it: waits until the batch before is back, while others join, and sends it for all of
-    them. When nothing is in flight there is nothing to wait for, but for a turn of those who are ready to run. Works
-    under threads and, where gevent has patched them, under greenlets.
+    Who opens a batch leads it: waits until the batch before is back, while others join, lets those run who are ready
+    to, so that they join as well, and sends it for all of them. Works under threads and, where gevent has patched
+    them, under greenlets.
     """
 
     def __init__(self, send: Callable[[Sequence[Any]], Sequence[Any]]) -> None:

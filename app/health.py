@@ -50,7 +50,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def inspect(servers: Servers) -> Iterator[Finding]:
+def examine(servers: Servers) -> Iterator[Finding]:
     """Ask every primary whether it is there and whether it would lose sessions, within the configured timeouts."""
     try:
         for client in servers.clients():

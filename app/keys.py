@@ -39,8 +39,9 @@ class JwksKeys:
     """A JWK Set (RFC 7517 §5) behind a URL, fetched by a thread of its own so that no request does.
 
     The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch, at most one
-    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits. No id
-    is unknown where there are keys without one: there a new key is found within REFRESH_EVERY seconds.
+    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits. Where
+    the set has a key without an id every token is tried with that, so no id is unknown, and a new key is found only by
+    the refresh every REFRESH_EVERY seconds.
     """
 
     REFRESH_EVERY = 300.0
@@ -95,7 +96,7 @@ class JwksKeys:
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
         try:
-            # FETCH_TIMEOUT is for each part of the answer that comes, however small.
+            # FETCH_TIMEOUT bounds each read only: an answer that trickles in could take for ever.
             with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
                 key_set = self._client.fetch_data()
             found = [key for data in key_set["keys"] if (key := _signing_key(data))]

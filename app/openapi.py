@@ -18,7 +18,15 @@ from flask import Blueprint, Flask, Response, current_app
 from werkzeug.routing import Rule
 
 from app import errors
-from app.schemas import SESSION_ID, Answer, HeartbeatManySchema, Instant, OpenSchema, RevokeAllSchema, SessionSchema
+from app.schemas import (
+    SESSION_ID,
+    HeartbeatManySchema,
+    Instant,
+    JSONResponse,
+    OpenSchema,
+    RevokeAllSchema,
+    SessionSchema,
+)
 
 bp = Blueprint("openapi", __name__)
 
@@ -55,7 +63,7 @@ def openapi() -> Response:
     ---
     responses: {200: {description: This document, content: {application/json: {schema: {type: object}}}}}
     """
-    return Answer(current_app.extensions["openapi"])
+    return JSONResponse(current_app.extensions["openapi"])
 
 
 def document(app: Flask) -> str:

@@ -12,8 +12,8 @@ from app.events import emit
 from app.schemas import (
     SESSION_ID,
     HeartbeatManySchema,
+    HeartbeatResponse,
     OpenSchema,
-    Renewed,
     RevokeAllSchema,
     SessionSchema,
     ignore_body,
@@ -26,7 +26,7 @@ bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 
 
 class SessionIdConverter(BaseConverter):
-    """Lets through what could be an id that we made; everything else is no session, and Redis is not asked."""
+    """Matches well-formed ids only; anything else is a 404, and Redis is not asked."""
 
     regex = SESSION_ID
 
@@ -52,7 +52,7 @@ def heartbeat(id: str) -> Response:
     """
     ignore_body()
     renewal = store().heartbeat(g.subject, id)
-    return Renewed(renewal.expires_at_ms, renewal.expires_in)
+    return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
 
 @bp.post("/heartbeat")

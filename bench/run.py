@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from app.config import Config  # noqa: E402
-from app.connection import Single  # noqa: E402
+from app.connection import OnePrimary  # noqa: E402
 from app.store import SessionStore, session_key  # noqa: E402
 from tests.servers import RedisServer, free_port, running, until  # noqa: E402
 
@@ -206,7 +206,7 @@ class Bench:
     def _bytes_per_session(self) -> float:
         """What a thousand subjects with three sessions each take, indexes included."""
         self.redis.client.flushall()
-        store = SessionStore(Config(redis_url=self.redis.url), Single(self.redis.client))
+        store = SessionStore(Config(redis_url=self.redis.url), OnePrimary(self.redis.client))
         store.open("warm-up", login_method="token")
         before = self.redis.client.info("memory")["used_memory"]
         for i in range(3000):

@@ -10,8 +10,8 @@ from redis.exceptions import MovedError
 
 from app import create_app
 from app.config import Config
-from app.connection import POOL_SIZE, Cluster, Single, connect
-from app.health import inspect
+from app.connection import POOL_SIZE, Cluster, OnePrimary, connect
+from app.health import examine
 from tests.conftest import SECRET, Caller
 from tests.servers import free_port, required, running, until
 
@@ -88,7 +88,7 @@ def test_sentinel_service_unknown(sentinel_url: str) -> None:
     """Where no sentinel knows the service the answer is a 500, and the look at the start says so."""
     app = create_app(config(sentinel_url.replace("/main/", "/other/")))
     assert Caller(app).get("/sessions").status_code == 500
-    assert any("No master found" in finding.text for finding in inspect(app.extensions["servers"]))
+    assert any("No master found" in finding.text for finding in examine(app.extensions["servers"]))
 
 
 def test_cluster(cluster_url: str) -> None:
@@ -122,7 +122,7 @@ def test_primary_moved(primary: redis.Redis) -> None:
     """A Redis that has become a replica is left for whatever stands behind its name now."""
     address = primary.connection_pool.connection_kwargs
     app = create_app(config(f"redis://:p%40ss@127.0.0.1:{address['port']}"))
-    assert isinstance(app.extensions["servers"], Single)
+    assert isinstance(app.extensions["servers"], OnePrimary)
     alice = Caller(app)
     id = alice.open()
     primary.replicaof("127.0.0.1", free_port())

@@ -20,7 +20,7 @@ import pytest
 from gevent.monkey import is_module_patched
 
 from app.config import Config
-from app.connection import POOL_SIZE, Single, connect
+from app.connection import POOL_SIZE, OnePrimary, connect
 from app.group_commit import Abandoned, GroupCommit
 from app.store import Renewal, SessionStore, StoreUnavailable
 from tests.servers import PERSISTENT, ROOT, RedisServer, until
@@ -367,7 +367,7 @@ def own_store(**settings: Any) -> Iterator[tuple[RedisServer, SessionStore]]:
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), *PERSISTENT) as server:
         config = Config(redis_url=server.url, **settings)
         client = connect(config).clients()[0]
-        yield server, SessionStore(config, Single(client))
+        yield server, SessionStore(config, OnePrimary(client))
         client.connection_pool.disconnect()
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from app.config import Config
-from app.connection import Single
+from app.connection import OnePrimary
 from app.store import SessionNotFound, SessionStore, TooManySessions, index_key, session_key
 from tests.conftest import SECRET
 
@@ -50,7 +50,7 @@ class Machine(RuleBasedStateMachine):
             session_absolute_seconds=ABSOLUTE,
             session_limit=LIMIT,
         )
-        self.store = SessionStore(config, Single(self.redis))
+        self.store = SessionStore(config, OnePrimary(self.redis))
         self.known: dict[tuple[str, str], Known] = {}
 
     def teardown(self) -> None:

@@ -7,7 +7,7 @@
 local session = KEYS[1]
 local idle, absolute_end = unpack(redis.call("HMGET", session, "idle", "end"))
 if not idle then
-  -- Changes nothing, but is refused by a replica, which cannot know that a session is over.
+  -- A write that changes nothing: a replica refuses it, since it cannot know that a session is over.
   redis.call("DEL", session)
   return nil
 end

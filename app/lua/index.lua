@@ -5,6 +5,6 @@
 -- Returns  a list of ids
 
 local index = KEYS[1]
--- Changes nothing, but is refused by a replica, which cannot know what has been opened or revoked.
+-- A write that changes nothing: a replica refuses it, since it cannot know what has been opened or revoked.
 redis.call("ZREM", index, "")
 return redis.call("ZRANGE", index, 0, -1)
