@@ -17,7 +17,7 @@ from app.keys import Keys
 # RFC 7515 §7.1: three parts of base64url without padding.
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 LONGEST_SUBJECT = 256
-# How long a token that was verified is not verified again.
+# For so long a verified token is trusted without being verified again.
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 16_384
 
@@ -35,7 +35,7 @@ class _Verified(NamedTuple):
     exp: float
 
 
-def _forget_at(key: object, verified: _Verified, now: float) -> float:
+def _forget_at(key: tuple[int, str], verified: _Verified, now: float) -> float:
     return min(verified.exp, now + REMEMBERED_SECONDS)
 
 
@@ -45,7 +45,7 @@ class TokenVerifier:
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
         # Verified tokens: the signature is checked once a minute at most, not with every heartbeat.
-        self._verified: TLRUCache[Any, _Verified] = TLRUCache(REMEMBERED_TOKENS, _forget_at, timer=time.time)
+        self._verified = TLRUCache[tuple[int, str], _Verified](REMEMBERED_TOKENS, _forget_at, timer=time.time)
         self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
         # Not the module's own decoder: its options are shared by all who import it.
@@ -93,13 +93,13 @@ class TokenVerifier:
             for key in candidates:
                 try:
                     return self._jwt.decode(token, key, **self._checks)
-                # Not signed with this key, or meant for one of another kind: perhaps with the next.
+                # Signed with another key, or for another kind of key (a TypeError where this is a bare one).
                 except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError, jwt.InvalidSignatureError, TypeError):
                     continue
         except jwt.ExpiredSignatureError:
             raise TokenInvalid("The token has expired") from None
-        # What an odd payload makes PyJWT raise is its own business: no token is worth a 500.
-        except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError):
+        # PyJWT lets the last three escape for odd headers and payloads.
+        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError):
             raise TokenInvalid("The token is not valid here") from None
         raise TokenInvalid("The token is not signed with a known key")
 

@@ -1,5 +1,6 @@
 """Commands for operators and developers, under `flask --app wsgi`."""
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from app.sessions import store
 from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
 bp = Blueprint("cli", __name__, cli_group=None)
+# Commands say themselves what is wrong. Where no log is configured Python would print the log's warnings beside that.
+logging.getLogger("app").addHandler(logging.NullHandler())
 
 
 @bp.cli.command()

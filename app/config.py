@@ -86,7 +86,9 @@ def parse_redis_url(text: str) -> str:
         raise ValueError("is not a URL") from None
     if not re.fullmatch(REDIS_SCHEMES[scheme], url.path):
         raise ValueError("must end in a database number, as in redis://host:6379/0, or redis+sentinel://…/service/0")
-    if not re.fullmatch(r"(db=[0-9]+)?" if scheme in ("redis", "rediss", "unix") else "", url.query):
+    if url.query and scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("takes nothing after a ?; Sentinel's database is in the path: redis+sentinel://…/service/0")
+    if not re.fullmatch(r"(db=[0-9]+)?", url.query):
         raise ValueError("takes no option after the ? but db, as in unix:///run/redis.sock?db=1")
     return text
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import flask_swagger_ui  # type: ignore[import-untyped]
 from flask import Blueprint
 
-from app.schemas import JSONResponse
+from app.schemas import APIResponse
 
 FILES = Path(flask_swagger_ui.__file__).parent / "dist"
 # The icons are in the style sheet, as data.
@@ -31,15 +31,15 @@ bp = Blueprint("docs", __name__, static_folder=FILES, static_url_path="/docs")
 
 
 @bp.get("/docs")
-def page() -> JSONResponse:
+def page() -> APIResponse:
     """Show the API as a page on which it can be tried.
     ---
     responses: {200: {description: Swagger UI, content: {text/html: {schema: {type: string}}}}}
     """
-    return JSONResponse(PAGE, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
+    return APIResponse(PAGE, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
 
 
 @bp.get("/docs/start.js")
-def start() -> JSONResponse:
+def start() -> APIResponse:
     """The page's own script, since its policy permits none inside it."""
-    return JSONResponse(START, mimetype="text/javascript")
+    return APIResponse(START, mimetype="text/javascript")

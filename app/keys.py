@@ -59,7 +59,7 @@ class JwksKeys:
         self._asking = threading.Lock()
         self._asked = threading.Event()
         self._asked_at = -math.inf
-        self._answered = threading.Event()  # the end of the fetch that was last asked for; the first is the start's
+        self._answered = threading.Event()  # set when the fetch that was last asked for has ended
         threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
         # The first answers should not be 503 only because the key set is a moment away.
         self._answered.wait(self.UNKNOWN_KEY_WAIT)

@@ -4,7 +4,6 @@ A view's docstring is its summary, its description and, after `---` and in YAML,
 which an `example` stands for a response's content. What endpoints of a kind have in common is added here.
 """
 
-import functools
 import inspect
 import json
 import re
@@ -20,9 +19,9 @@ from werkzeug.routing import Rule
 from app import errors
 from app.schemas import (
     SESSION_ID,
+    APIResponse,
     HeartbeatManySchema,
     Instant,
-    JSONResponse,
     OpenSchema,
     RevokeAllSchema,
     SessionSchema,
@@ -53,9 +52,6 @@ HEADERS: dict[int, Any] = {
     **dict.fromkeys([429, 500, 503], {"Retry-After": RETRY_AFTER}),
 }
 
-# Reading YAML is most of the work, and tests make apps by the thousand.
-read_docstring = functools.cache(load_yaml_from_docstring)
-
 
 @bp.get("/openapi.json")
 def openapi() -> Response:
@@ -63,11 +59,14 @@ def openapi() -> Response:
     ---
     responses: {200: {description: This document, content: {application/json: {schema: {type: object}}}}}
     """
-    return JSONResponse(current_app.extensions["openapi"])
+    known = current_app.extensions
+    if "openapi" not in known:  # it takes some milliseconds, which not every start should
+        known["openapi"] = document(current_app)
+    return APIResponse(known["openapi"])
 
 
 def document(app: Flask) -> str:
-    """The document of an app that has got all its routes, as JSON."""
+    """The document of an app, as JSON."""
     plugin = MarshmallowPlugin()
     spec = APISpec("session-heartbeat", "1", "3.1.0", [plugin], info={"description": DESCRIPTION})
     plugin.map_to_openapi_type(Instant, "string", "date-time")
@@ -82,7 +81,7 @@ def document(app: Flask) -> str:
         spec.components.response(f"Error{status}", failure(status, sentence))
     for rule in app.url_map.iter_rules():
         view = app.view_functions[rule.endpoint]
-        if written := read_docstring(view.__doc__ or ""):
+        if written := load_yaml_from_docstring(view.__doc__ or ""):
             # HEAD follows from GET, and OPTIONS are a browser's own.
             methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
             if rule.endpoint == "metrics.metrics" and app.extensions["config"].metrics_token:

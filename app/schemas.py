@@ -22,8 +22,8 @@ SESSION_ID = r"[A-Za-z0-9_-]{22,64}"
 ALWAYS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-class JSONResponse(Response):
-    """JSON, unless a mimetype is given."""
+class APIResponse(Response):
+    """With the headers that every answer has; JSON, unless a mimetype is given."""
 
     default_mimetype = "application/json"
 
@@ -36,7 +36,7 @@ class JSONResponse(Response):
 HEARTBEAT_BODY = '{"success": true, "message": "Session updated successfully", "newExpiry": "%s"}'
 
 
-class HeartbeatResponse(JSONResponse):
+class HeartbeatResponse(APIResponse):
     """The answer to a heartbeat, with all of its headers worked out here.
 
     Werkzeug would look whether there is a body, how long it is and whether it may be sent, which takes a quarter of
@@ -63,8 +63,8 @@ class ContractJSON(DefaultJSONProvider):
 
     sort_keys = False
 
-    def response(self, *args: Any, **kwargs: Any) -> JSONResponse:
-        return JSONResponse(self.dumps(args[0] if args else kwargs))
+    def response(self, *args: Any, **kwargs: Any) -> APIResponse:
+        return APIResponse(self.dumps(args[0] if args else kwargs))
 
 
 def rfc3339(ms: int) -> str:

@@ -115,7 +115,7 @@ class Scripts:
         return replies[: len(calls)]
 
     def client_for(self, script: Script, key: str) -> redis.Redis:
-        """The client of the server that holds a key. That nobody knows which it is, is trouble too, and raised."""
+        """The client of the server that holds a key. Where nobody knows which that is, this is logged and raised."""
         try:
             return self._servers.client_for(key)
         except (RedisError, OSError) as error:

@@ -11,7 +11,7 @@ trap '[ -z "$running" ] || kill "${!:-}" 2>/dev/null; rm -f "$answer"' EXIT
 trap 'exit 0' INT TERM
 
 # The shell hears signals while it waits, but not while a program runs in the foreground. `running` is set before one
-# starts in the background: a signal may come before anything else does.
+# starts in the background: a signal may come before the next line runs.
 finish() { wait "$!"; set -- $?; running=''; return "$1"; }
 ask() {
     # The token goes in by stdin: arguments are there for everybody to see.

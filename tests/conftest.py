@@ -25,7 +25,7 @@ from app.connection import connect
 from tests.browser import Browser
 from tests.servers import RedisServer
 
-# A proxy on the way to the package index is none to loopback.
+# A proxy that the environment names, such as one on the way to the package index, is not to be used for loopback.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 SECRET = "the-tests-own-secret-of-more-than-32-bytes"

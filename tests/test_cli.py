@@ -1,5 +1,8 @@
 """The commands under `flask --app wsgi`."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,7 @@ from flask import Flask
 from app import create_app
 from app.config import Config
 from tests.conftest import SECRET, Caller
-from tests.servers import RedisServer
+from tests.servers import ROOT, RedisServer
 
 
 def run(app: Flask, *words: str) -> Result:
@@ -68,6 +71,15 @@ def test_sessions_without_redis(app: Flask, command: list[str]) -> None:
     """Where Redis is in trouble one line says so."""
     result = run(app, "sessions", *command)
     assert (result.exit_code, result.output) == (1, "Error: Redis is in trouble: OSError: gone\n")
+
+
+def test_nothing_beside_the_one_line() -> None:
+    """In a terminal, where no log is configured, no line of a log stands beside it."""
+    environ = {"PATH": os.environ["PATH"], "REDIS_URL": "redis://127.0.0.1:1", "JWT_SECRET": SECRET}
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "sessions", "list", "alice"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("Error: Redis is in trouble: ConnectionError: ")
 
 
 def test_revoke_one(app: Flask, alice: Caller) -> None:

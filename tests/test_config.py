@@ -124,6 +124,7 @@ def bad_secret(id: str, variable: str, value: str, rule: str) -> Any:
 
 
 PEM_RULE = "must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519"
+QUERY_RULE = "takes nothing after a ?; Sentinel's database is in the path"
 OPTION_RULE = "takes no option after the ? but db"
 NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
 
@@ -145,9 +146,9 @@ NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
             ("timeout", "redis://user:hunter2@host/0?socket_timeout=60", OPTION_RULE),
             ("verification off", "rediss://user:hunter2@host/0?ssl_cert_reqs=none", OPTION_RULE),
             ("database option not a number", "redis://user:hunter2@host?db=zero", OPTION_RULE),
-            ("another database", "redis+sentinel://hunter2/main/0?db=1", "takes no option"),
-            ("a cluster's database", "redis+cluster://hunter2?db=1", "takes no option"),
-            ("memory's database", "memory://?db=1", "takes no option"),
+            ("another database", "redis+sentinel://hunter2/main/0?db=1", QUERY_RULE),
+            ("a cluster's database", "redis+cluster://hunter2?db=1", QUERY_RULE),
+            ("memory's database", "memory://?db=1", QUERY_RULE),
             ("option without value", "redis://user:hunter2@host/0?hunter2", OPTION_RULE),
             ("not UTF-8", "redis://user:hunter2\udcff@host", "is not UTF-8"),
         ]

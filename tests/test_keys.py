@@ -51,11 +51,12 @@ class Issuer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.requests += 1
+                body = json.dumps({"keys": issuer.keys}).encode() if issuer.body is None else issuer.body
                 issuer._stopping.wait(issuer.delay)
                 with contextlib.suppress(ConnectionError):  # the caller has given up
                     self.send_response(issuer.status)
                     self.end_headers()
-                    self.wfile.write(json.dumps({"keys": issuer.keys}).encode() if issuer.body is None else issuer.body)
+                    self.wfile.write(body)
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -211,6 +212,20 @@ def test_cool_down_ends(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatc
     assert status(app, late.token()) == 401
     issuer.keys.append(late.jwk())
     until(lambda: status(app, late.token()) == 200)
+    assert issuer.requests == 3
+
+
+def test_fetch_under_way(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token whose key is newer than the fetch that is under way waits for the next one."""
+    monkeypatch.setattr(JwksKeys, "COOLDOWN", 0.0)
+    app, new = app_of(issuer), Key("new")
+    issuer.delay = 0.2
+    with ThreadPoolExecutor(1) as callers:
+        unknown = callers.submit(status, app, key.token(kid="unknown"))
+        until(lambda: issuer.requests == 2)
+        issuer.keys.append(new.jwk())
+        assert status(app, new.token()) == 200
+        assert unknown.result() == 401
     assert issuer.requests == 3
 
 
