@@ -79,8 +79,11 @@ class logger_class(Logger):
 
 def write_error(sock, status, reason, message):
     """Answer what never reaches the app in the contract's shape too; gunicorn's HTML would repeat what was sent."""
+    if status == 501:  # an unknown Transfer-Encoding: bad input, which the contract answers with a 4xx
+        status = 400
     body = json.dumps({"success": False, "error": reason})
     head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     util.write_nonblock(sock, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
 
 

@@ -11,6 +11,7 @@ from flask import Blueprint, current_app
 from flask.cli import AppGroup
 
 from app import events
+from app.auth import LONGEST_SUBJECT
 from app.config import Config
 from app.health import Finding, examine
 from app.keys import KeysUnavailable
@@ -31,6 +32,8 @@ def token(subject: str, seconds: int) -> None:
     config: Config = current_app.extensions["config"]
     if not config.jwt_secret:
         raise click.ClickException("only the issuer can sign tokens; JWT_SECRET is not set")
+    if not 0 < len(subject) <= LONGEST_SUBJECT:
+        raise click.ClickException(f"a subject has 1 to {LONGEST_SUBJECT} characters")
     claims = {config.jwt_subject_claim: subject, "exp": int(time.time()) + seconds}
     optional = {"iss": config.jwt_issuer, "aud": config.jwt_audience}
     claims.update({name: value for name, value in optional.items() if value})

@@ -126,7 +126,7 @@ def parse_jwks_url(text: str) -> str:
     url = urlsplit(text)
     loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if not url.hostname or not (url.scheme == "https" or url.scheme == "http" and loopback):
-        raise ValueError("must be an https:// address")
+        raise ValueError("must be an https:// address; http:// only on this machine")
     return text
 
 

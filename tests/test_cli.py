@@ -34,6 +34,13 @@ def test_token_claims(make_app: Callable[..., Flask]) -> None:
     assert alice.get("/sessions").status_code == 200
 
 
+@pytest.mark.parametrize("subject", ["", "x" * 257])
+def test_token_of_nobody(app: Flask, subject: str) -> None:
+    """A token that the service would refuse is not printed."""
+    result = run(app, "token", subject)
+    assert (result.exit_code, result.output) == (1, "Error: a subject has 1 to 256 characters\n")
+
+
 def test_token_of_an_issuer(make_app: Callable[..., Flask]) -> None:
     """Without a secret there is no token."""
     result = run(make_app(jwt_secret=(), jwt_jwks_url="http://127.0.0.1:9/"), "token", "alice")

@@ -104,7 +104,7 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
         for value in ("*", "app.example.com", "https://app.example.com/", "https://a.example https://B.example", "null")
     ]
     + [
-        bad_value("JWT_JWKS_URL", value, "must be an https:// address")
+        bad_value("JWT_JWKS_URL", value, "must be an https:// address; http:// only on this machine")
         for value in (
             "issuer.example/jwks",
             "http://issuer.example/jwks",

@@ -263,17 +263,20 @@ def test_expired_do_not_count(make_app: Callable[..., Flask], database: redis.Re
 def test_index_lives_as_long_as_its_sessions(
     make_app: Callable[..., Flask], database: redis.Redis, clock: Clock
 ) -> None:
-    """The index expires at the latest absolute end, also after a change of the configuration."""
+    """The index expires at its sessions' latest absolute end, also after a change of the configuration or a revoke."""
     ends = []
     for times in (3, 5, 1):
         alice = Caller(make_app(session_absolute_seconds=clock.absolute * times))
         started = milliseconds(alice.post("/sessions").json["session"]["startedAt"])
         ends.append(started + clock.absolute * times * 1000)
         assert database.pexpiretime(index_key("alice")) == max(ends)
-    for id, end in database.zrange(index_key("alice"), 0, -1, withscores=True):
+    indexed = database.zrange(index_key("alice"), 0, -1, withscores=True)
+    for id, end in indexed:
         assert end in ends
         assert alice.heartbeat(id).status_code == 200
     assert database.pexpiretime(index_key("alice")) == max(ends)
+    alice.revoke(indexed[-1][0])
+    assert database.pexpiretime(index_key("alice")) == sorted(ends)[1]
 
 
 def test_nothing_stays_for_ever(make_app: Callable[..., Flask], database: redis.Redis) -> None:
