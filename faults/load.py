@@ -80,6 +80,10 @@ class Load:
     def statuses(self) -> Counter:
         return Counter(status for _, _, status, _ in self.answers)
 
+    def all_is_well(self) -> bool:
+        """Whether nobody was in trouble in about the last second."""
+        return {status for _, _, status, _ in self.answers[-200:]} <= {200, 201}
+
     def slowest(self) -> float:
         return max(seconds for *_, seconds in self.answers)
 

@@ -92,7 +92,7 @@ def test_primary_killed(six: Six, address: str) -> None:
         six.processes[six.primaries[0]].kill()
         until(lambda: load.trouble(here))
         # A replica that is not elected at once tries again after eight seconds.
-        until(lambda: {status for *_, status, _ in load.answers[-20:]} == {200}, 30)
+        until(load.all_is_well, 30)
         time.sleep(2)
     print(
         f"\nprimary killed: 500 for {load.trouble(here):.1f} s on its shard, for {load.trouble(elsewhere):.1f} s "
