@@ -141,6 +141,11 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_on_off(text: str) -> bool:
+    """A switch."""
+    return matching("on|off", "must be on or off")(text) == "on"
+
+
 def parse_origins(text: str) -> tuple[str, ...]:
     """Scheme, host and port, and nothing behind them (RFC 6454 §6.2)."""
     rule = "must be origins such as https://app.example.com, separated by spaces"
@@ -175,7 +180,7 @@ class Config:
     redis_tls_url: str | None = setting(parse_redis_url, secret=True)
     redis_timeout_seconds: float = setting(parse_timeout_seconds, 0.5)
     redis_ca_certs: str | None = setting(parse_ca_certs, secret=True)
-    redis_tls_verify: bool = setting(lambda text: matching("on|off", "must be on or off")(text) == "on", True)
+    redis_tls_verify: bool = setting(parse_on_off, True)
     redis_wait_replicas: int = setting(whole_number(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: str | None = setting(parse_public_key, secret=True)

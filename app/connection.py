@@ -168,7 +168,9 @@ def _tls(config: Config) -> dict[str, Any]:
         log.warning("redis_tls_not_verified")
         return {"ssl_cert_reqs": "none"}
     pinned = config.redis_ca_certs
-    return {"ssl_ca_data" if pinned and pinned.startswith("-----BEGIN") else "ssl_ca_certs": pinned}
+    if pinned and pinned.startswith("-----BEGIN"):
+        return {"ssl_ca_data": pinned}
+    return {"ssl_ca_certs": pinned}
 
 
 def _by_cluster(config: Config, credentials: Any, timeouts: Any, queue: Any) -> RedisCluster:

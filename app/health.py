@@ -67,9 +67,9 @@ def _findings(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]
         old = int(version.partition(".")[0]) < 7
         yield Finding("failure" if old else "ok", f"Redis {version}" + " is too old: 7.0 or later is needed" * old)
     if "server_time_usec" in info:
-        skew = info["server_time_usec"] / 1e6 - time.time()
+        skew = abs(info["server_time_usec"] / 1e6 - time.time())
         # Expiries go by Redis's clock, tokens by ours.
-        yield Finding("warning" if abs(skew) > 5 else "ok", f"Redis's clock is {abs(skew):.1f} s off this one")
+        yield Finding("warning" if skew > 5 else "ok", f"Redis's clock is {skew:.1f} s off this one")
     if policy := info.get("maxmemory_policy"):
         evicts = policy != "noeviction"
         text = f"Redis may evict live sessions: maxmemory-policy is {policy}, not noeviction"
