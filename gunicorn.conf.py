@@ -1,7 +1,6 @@
 """How gunicorn serves the app. PORT is its own: it listens on 0.0.0.0:$PORT, or on 127.0.0.1:8000 without one."""
 
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -11,9 +10,6 @@ import sys
 import tempfile
 
 import gevent
-from gunicorn import util
-from gunicorn.glogging import Logger
-from gunicorn.http import wsgi
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
 READ_SECONDS = 20  # in which a client takes in what it is sent, or something of it
@@ -24,12 +20,19 @@ with contextlib.suppress(ValueError):  # macOS has no hard limit, and refuses a 
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 # Greenlets: a client that sends slowly, or only keeps its connection open, holds up nobody else.
-worker_class = "gevent"
+worker_class = "gunicorn_edge.Worker"
+logger_class = "gunicorn_edge.Logger"
 workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
 worker_connections = 10_000
 
-# Also the time in which the headers of a request have to arrive. A proxy keeps its connections open for a minute and
-# would lose a request that it sends on one which we are closing; without a proxy, slow clients are ours to cut off.
+# A token of 16 KB fits in one field. gunicorn_edge.py bounds the head as a whole.
+limit_request_field_size = 17 * 1024
+
+# sendfile would send the body of a file apart from its head.
+sendfile = False
+
+# A proxy keeps its connections open for a minute and would lose a request that it sends on one which we are closing;
+# without a proxy, idle clients are ours to cut off.
 keepalive = 75 if os.environ.get("TRUSTED_PROXIES", "0").strip() not in ("", "0") else 5
 timeout = 30
 # A PaaS kills what has not stopped after 30 seconds, and where connections are idle gunicorn takes all of this time.
@@ -57,61 +60,6 @@ logconfig_dict = {
     "root": {"level": "INFO", "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True, "handlers": []}},
 }
-
-
-class logger_class(Logger):
-    """Without the access log: preparing a line costs a tenth of a heartbeat, even where none is written."""
-
-    def access(self, *args):
-        pass
-
-    def exception(self, msg, *args, **kwargs):
-        """Not that a client was cut off for reading nothing: anybody could fill the log with that."""
-        if not isinstance(sys.exc_info()[1], TimeoutError):
-            super().exception(msg, *args, **kwargs)
-
-    def warning(self, msg, *args, **kwargs):
-        """Of a request that cannot be parsed only what is wrong: what was sent may hold a token or a session's id."""
-        if msg.startswith("Invalid request from ip="):
-            msg = ": ".join(msg.split(": ")[:2])
-        super().warning(msg, *args, **kwargs)
-
-
-def write_error(sock, status, reason, message):
-    """Answer what never reaches the app in the contract's shape too; gunicorn's HTML would repeat what was sent."""
-    if status == 501:  # an unknown Transfer-Encoding: bad input, which the contract answers with a 4xx
-        status = 400
-    body = json.dumps({"success": False, "error": reason})
-    head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-    util.write_nonblock(sock, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-
-
-util.write_error = write_error
-
-
-class Gathered(list):
-    """A socket's stand-in that keeps what would have been sent."""
-
-    sendall = list.append
-
-
-class Response(wsgi.Response):
-    """gunicorn's, which sends the head together with the first of the body: one system call and one packet less."""
-
-    def write(self, data):
-        if self.headers_sent:
-            return super().write(data)
-        real, self.sock = self.sock, Gathered()
-        try:
-            super().write(data)
-        finally:
-            gathered, self.sock = self.sock, real
-        real.sendall(b"".join(gathered))
-
-
-if wsgi.Response.__module__ != __name__:  # HUP reads this file anew
-    wsgi.Response = Response
 
 
 def post_request(worker, req, environ, resp):
