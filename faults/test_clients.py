@@ -338,7 +338,7 @@ ODD_FIELDS = {
     "a list of lengths": (f"{HOST}Content-Length: 2, 2\r\n", "{}", [400]),
     "a negative length": (f"{HOST}Content-Length: -1\r\n", "", [400]),
     "a length with a sign": (f"{HOST}Content-Length: +2\r\n", "{}", [400]),
-    "a length of 30 digits": (f"{HOST}Content-Length: {'9' * 30}\r\n", "", [413]),
+    "a length of 30 digits": (f"{HOST}Content-Length: {'9' * 30}\r\n", "", [400, 413]),
     "a length of 5,000 digits": (f"{HOST}Content-Length: {'9' * 5000}\r\n", "", [400]),
     "length and chunks": (f"{HOST}{EMPTY}Transfer-Encoding: chunked\r\n", "0\r\n\r\n", [400]),
     "chunked twice": (HOST + "Transfer-Encoding: chunked\r\n" * 2, "0\r\n\r\n", [400]),
