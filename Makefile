@@ -1,19 +1,23 @@
-# make run    the service on port 8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
-# make test   style, types and the whole suite
-# make faults the long tests: failovers, slow clients, races, each with its figures
-# make check  style and types alone
-# make bench  the heartbeat against an empty route and a plain one, in about three minutes; needs wrk and redis-server
-# make pins   compile requirements*.txt from setup.cfg anew
+# make run       the service on port 8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
+# make test      style, types and the whole suite
+# make faults    the long tests: failovers, slow clients, races, each with its figures
+# make check     style and types alone
+# make bench     the heartbeat against an empty route and a plain one, in about three minutes; needs wrk and redis-server
+# make pins      compile requirements*.txt from setup.cfg anew, from releases that are at least 7 days old
+# make outdated  which pins have newer releases
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r
 PIN := $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --no-strip-extras \
-	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host setup.cfg
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --pip-args '--uploaded-prior-to P7D' setup.cfg
 
-.PHONY: run test faults check bench pins
+.PHONY: help run test faults check bench pins outdated
 .ONESHELL:
 .SHELLFLAGS := -ec
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 run: .venv/run
 	@export REDIS_URL="$${REDIS_URL:-memory://}"
@@ -41,9 +45,8 @@ faults: .venv/dev
 	$(BIN)/pytest faults --capture=tee-sys -rP --no-header
 
 check: .venv/dev
-	$(BIN)/black --quiet --check .
-	$(BIN)/isort --quiet --check .
-	$(BIN)/flake8 app bench examples faults tests *.py
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/ruff check --quiet
 	$(BIN)/mypy
 
 bench: .venv/dev
@@ -52,6 +55,9 @@ bench: .venv/dev
 pins: .venv/dev
 	$(PIN) --output-file requirements.txt
 	$(PIN) --extra dev --output-file requirements-dev.txt
+
+outdated: .venv/dev
+	$(BIN)/pip list --outdated --disable-pip-version-check
 
 # The pins for running stand among those for developing, in the same versions.
 .venv/run: requirements.txt
