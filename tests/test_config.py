@@ -103,16 +103,7 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
         bad_value("CORS_ORIGINS", value, "must be origins such as https://app.example.com, separated by spaces")
         for value in ("*", "app.example.com", "https://app.example.com/", "https://a.example https://B.example", "null")
     ]
-    + [
-        bad_value("JWT_JWKS_URL", value, "must be an https:// address; http:// only on this machine")
-        for value in (
-            "issuer.example/jwks",
-            "http://issuer.example/jwks",
-            "http://localhost.example/jwks",
-            "https:///jwks",
-            "file:///etc/passwd",
-        )
-    ],
+    + [bad_value("JWT_ALGORITHMS", "none", "none cannot be used with JWT_SECRET")],
 )
 def test_refused_value(variable: str, value: str, rule: str) -> None:
     """A refusal names the variable, its value and the rule."""
@@ -124,9 +115,11 @@ def bad_secret(id: str, variable: str, value: str, rule: str) -> Any:
 
 
 PEM_RULE = "must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519"
-QUERY_RULE = "takes nothing after a ?; Sentinel's database is in the path"
-OPTION_RULE = "takes no option after the ? but db"
-NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
+REDIS_RULE = "must look like redis://user:password@host:6379/0"
+REDISS_RULE = REDIS_RULE.replace("redis:", "rediss:")
+SENTINEL_RULE = "must look like redis+sentinel://host:26379,host:26379/service/0"
+CLUSTER_RULE = "must look like redis+cluster://user:password@host:6379,host:6379"
+JWKS_RULE = "must be an https:// address; http:// only on this machine"
 
 
 @pytest.mark.parametrize(
@@ -137,27 +130,38 @@ NUMBER_RULE = "must end in a database number, as in redis://host:6379/0"
         for id, value, rule in [
             ("no scheme", "user:hunter2@host:6379", "must start with redis://"),
             ("another scheme", "https://user:hunter2@host", "must start with redis://"),
-            ("port not a number", "redis://user:hunter2@host:port/0", "is not a URL"),
-            ("port too big", "redis://user:hunter2@host:65536/0", "is not a URL"),
-            ("host that can be none", "redis://user:hunter2@a..b:6379/0", "is not a URL"),
-            ("half an address", "redis://user:hunter2@[::1/0", "is not a URL"),
-            ("database not a number", "redis://user:hunter2@host/zero", NUMBER_RULE),
-            ("path", "rediss://user:hunter2@host/0/1", NUMBER_RULE),
-            ("timeout", "redis://user:hunter2@host/0?socket_timeout=60", OPTION_RULE),
-            ("verification off", "rediss://user:hunter2@host/0?ssl_cert_reqs=none", OPTION_RULE),
-            ("database option not a number", "redis://user:hunter2@host?db=zero", OPTION_RULE),
-            ("another database", "redis+sentinel://hunter2/main/0?db=1", QUERY_RULE),
-            ("a cluster's database", "redis+cluster://hunter2?db=1", QUERY_RULE),
-            ("memory's database", "memory://?db=1", QUERY_RULE),
-            ("option without value", "redis://user:hunter2@host/0?hunter2", OPTION_RULE),
+            ("port not a number", "redis://user:hunter2@host:port/0", REDIS_RULE),
+            ("port too big", "redis://user:hunter2@host:65536/0", REDIS_RULE),
+            ("host that can be none", "redis://user:hunter2@a..b:6379/0", REDIS_RULE),
+            ("half an address", "redis://user:hunter2@[::1/0", REDIS_RULE),
+            ("database not a number", "redis://user:hunter2@host/zero", REDIS_RULE),
+            ("path", "rediss://user:hunter2@host/0/1", REDISS_RULE),
+            ("timeout", "redis://user:hunter2@host/0?socket_timeout=60", REDIS_RULE),
+            ("verification off", "rediss://user:hunter2@host/0?ssl_cert_reqs=none", REDISS_RULE),
+            ("database option not a number", "redis://user:hunter2@host?db=zero", REDIS_RULE),
+            ("another database", "redis+sentinel://hunter2/main/0?db=1", SENTINEL_RULE),
+            ("a cluster's database", "redis+cluster://hunter2?db=1", CLUSTER_RULE),
+            ("memory's database", "memory://?db=1", "must look like memory://"),
+            ("option without value", "redis://user:hunter2@host/0?hunter2", REDIS_RULE),
             ("not UTF-8", "redis://user:hunter2\udcff@host", "is not UTF-8"),
         ]
     ]
     + [
-        bad_secret("no host", "REDIS_URL", "redis+sentinel:///hunter2/0", "is not a URL"),
-        bad_secret("no service", "REDIS_URL", "redis+sentinel://hunter2/", NUMBER_RULE),
-        bad_secret("a database", "REDIS_URL", "redis+cluster://hunter2/0", NUMBER_RULE),
-        bad_secret("two hosts", "REDIS_URL", "redis://hunter2,other/0", "is not a URL"),
+        bad_secret(id, "JWT_JWKS_URL", value, JWKS_RULE)
+        for id, value in [
+            ("no scheme", "hunter2.example/jwks"),
+            ("http", "http://user:hunter2@issuer.example/jwks"),
+            ("not localhost", "http://localhost.example/hunter2"),
+            ("no host", "https:///hunter2"),
+            ("half an address", "https://[::1/hunter2 "),
+            ("a file", "file:///hunter2"),
+        ]
+    ]
+    + [
+        bad_secret("no host", "REDIS_URL", "redis+sentinel:///hunter2/0", SENTINEL_RULE),
+        bad_secret("no service", "REDIS_URL", "redis+sentinel://hunter2/", SENTINEL_RULE),
+        bad_secret("a database", "REDIS_URL", "redis+cluster://hunter2/0", CLUSTER_RULE),
+        bad_secret("two hosts", "REDIS_URL", "redis://hunter2,other/0", REDIS_RULE),
         bad_secret("garbage", "REDIS_CA_CERTS", "/hunter2", "must be a PEM certificate or the path of a file"),
         bad_secret("short", "METRICS_TOKEN", "hunter2", "must be 16 or more letters, digits and -._~+/=, or off"),
         bad_secret("a space", "METRICS_TOKEN", "hunter2 hunter2 hunter2", "must be 16 or more letters, digits and"),
@@ -191,7 +195,10 @@ def test_refused_secret(variable: str, value: str, rule: str) -> None:
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_not_utf8(variable: str) -> None:
     """Bytes that are no UTF-8, which Python reads as lone surrogates, are refused in every variable."""
-    assert f"{variable}: is not UTF-8" in problems({**GOOD, variable: "1\udcff"})
+    assert any(
+        problem.startswith(variable) and problem.endswith(": is not UTF-8")
+        for problem in problems({**GOOD, variable: "1\udcff"})
+    )
 
 
 @pytest.mark.parametrize(
