@@ -9,7 +9,7 @@ import sys
 
 from app import create_app
 from app.config import Config, ConfigError
-from app.health import examine
+from app.doctor import examine
 
 try:
     app = create_app(Config.from_env(os.environ))

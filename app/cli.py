@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -10,14 +9,12 @@ import jwt
 from flask import Blueprint, current_app
 from flask.cli import AppGroup
 
-from app import events
+from app import doctor, events
 from app.auth import LONGEST_SUBJECT
 from app.config import Config
-from app.health import Finding, examine
-from app.keys import KeysUnavailable
 from app.schemas import rfc3339
 from app.sessions import store
-from app.store import SessionNotFound, StoreUnavailable, TooManySessions
+from app.store import SessionNotFound, StoreUnavailable
 
 bp = Blueprint("cli", __name__, cli_group=None)
 # Commands say themselves what is wrong. Where no log is configured Python would print the log's warnings beside that.
@@ -87,32 +84,14 @@ def pseudonym(value: str) -> None:
     click.echo(events.pseudonym(value))
 
 
-@bp.cli.command()
-def doctor() -> None:
+@bp.cli.command("doctor")
+def doctor_() -> None:
     """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
     failed = False
-    for finding in _examine():
+    for finding in doctor.examine_app(current_app):
         click.echo(f"{finding.level:8} {finding.text}")
         failed |= finding.level == "failure"
     raise SystemExit(failed)
-
-
-def _examine() -> Iterator[Finding]:
-    yield Finding("ok", "The configuration is complete")
-    yield from examine(current_app.extensions["servers"])
-    try:
-        current_app.extensions["keys"].candidates(None)
-        yield Finding("ok", "Signing keys are loaded")
-    except KeysUnavailable:
-        yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
-    try:
-        id = store().open("doctor", login_method="doctor", idle_timeout=60).id
-        store().heartbeat("doctor", id)
-        store().revoke("doctor", id)
-        yield Finding("ok", "A session was opened, kept alive and revoked")
-    except (StoreUnavailable, SessionNotFound, TooManySessions) as error:
-        reason = f"{type(error).__name__} {error}".strip()
-        yield Finding("failure", f"A session could not be opened, kept alive and revoked: {reason}")
 
 
 def _printable(text: str) -> str:

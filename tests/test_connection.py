@@ -11,7 +11,7 @@ from redis.exceptions import MovedError
 from app import create_app
 from app.config import Config
 from app.connection import POOL_SIZE, Cluster, OnePrimary, connect
-from app.health import examine
+from app.doctor import examine
 from tests.conftest import SECRET, Caller
 from tests.servers import free_port, required, running, until
 
