@@ -53,7 +53,7 @@ class TokenVerifier:
             {
                 "require": ["exp", self._claim],
                 "verify_sub": False,  # PyJWT refuses integers; the contract takes them
-                "verify_aud": config.jwt_audience is not None,
+                "verify_aud": bool(config.jwt_audience),
                 "enforce_minimum_key_length": True,
             }
         )

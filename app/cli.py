@@ -32,7 +32,7 @@ def token(subject: str, seconds: int) -> None:
     if not 0 < len(subject) <= LONGEST_SUBJECT:
         raise click.ClickException(f"a subject has 1 to {LONGEST_SUBJECT} characters")
     claims = {config.jwt_subject_claim: subject, "exp": int(time.time()) + seconds}
-    optional = {"iss": config.jwt_issuer, "aud": config.jwt_audience}
+    optional = {"iss": config.jwt_issuer, "aud": next(iter(config.jwt_audience), None)}
     claims.update({name: value for name, value in optional.items() if value})
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
 

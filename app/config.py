@@ -3,13 +3,21 @@
 import dataclasses
 import os
 import re
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_public_key,
+)
+from cryptography.x509 import load_der_x509_certificate, load_pem_x509_certificates
 from marshmallow import EXCLUDE, Schema, ValidationError
 from marshmallow.fields import Boolean, Field, Float, Function, Integer, String
 from marshmallow.validate import Length, Range, Regexp
@@ -25,25 +33,25 @@ LONGEST_SECONDS = 10 * 365 * 86400
 _USER = r"([^:@/?#]*(:[^:@/?#]*)?@)?"
 _HOST = r"([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d{1,5})?"
 _SERVER = rf"{_USER}{_HOST}(/|/[0-9]+)?(\?db=[0-9]+)?"
+_SERVERS = rf"{_USER}{_HOST}(,{_HOST})*"
 # What stands behind the scheme of each kind of URL, and an example of it.
 REDIS_URLS = {
     "redis": (_SERVER, "redis://user:password@host:6379/0"),
     "rediss": (_SERVER, "rediss://user:password@host:6379/0"),
     "unix": (rf"{_USER}/[^?#]+(\?db=[0-9]+)?", "unix:///run/redis.sock?db=0"),
-    "redis+sentinel": (
-        rf"{_USER}{_HOST}(,{_HOST})*/[^/?#]+(/[0-9]+)?",
-        "redis+sentinel://host:26379,host:26379/service/0",
-    ),
-    "redis+cluster": (rf"{_USER}{_HOST}(,{_HOST})*/?", "redis+cluster://user:password@host:6379,host:6379"),
+    "redis+sentinel": (rf"{_SERVERS}/[^/?#]+(/[0-9]+)?", "redis+sentinel://host:26379,host:26379/service/0"),
+    "rediss+sentinel": (rf"{_SERVERS}/[^/?#]+(/[0-9]+)?", "rediss+sentinel://host:26379,host:26379/service/0"),
+    "redis+cluster": (rf"{_SERVERS}/?", "redis+cluster://user:password@host:6379,host:6379"),
+    "rediss+cluster": (rf"{_SERVERS}/?", "rediss+cluster://user:password@host:6379,host:6379"),
     "memory": (r"/?", "memory://"),
 }
+
 # Python reads bytes that are not UTF-8 as lone surrogates.
 UTF8 = Regexp(r"[^\ud800-\udfff]*\Z", error="is not UTF-8")
-# Whoever can change keys in transit can sign tokens.
-HTTPS = Regexp(
-    rf"(https://{_USER}{_HOST}|http://(localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?)([/?]\S*)?\Z",
-    error="must be an https:// address; http:// only on this machine",
-)
+# A shell takes quotes away; docker's --env-file does not, and they would become a part of a secret.
+UNQUOTED = Regexp(r"""(?s:(?!(["']).*\1\Z))""", error="must not stand in quotes")
+HTTP_URL = Regexp(rf"https?://{_USER}{_HOST}([/?]\S*)?\Z", error="must be an https:// address")
+LOOPBACK_URL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])")
 ORIGIN = Regexp(  # RFC 6454 §6.2
     r"https?://[a-z0-9.-]+(:[0-9]+)?\Z", error="must be origins such as https://app.example.com, separated by spaces"
 )
@@ -94,15 +102,21 @@ def parse_secrets(text: str) -> tuple[str, ...]:
 def parse_redis_url(text: str) -> str:
     """The address of Redis. No option in it may undo the timeouts that bound every answer."""
     scheme, _, rest = text.partition("://")
+    scheme = scheme.replace("valkey", "redis")
     if scheme not in REDIS_URLS:
         raise ValidationError("must start with " + ", ".join(f"{scheme}://" for scheme in REDIS_URLS))
-    pattern, example = REDIS_URLS[scheme]
+    pattern, rule = REDIS_URLS[scheme]
+    url = f"{scheme}://{rest}"
     try:
-        if re.fullmatch(pattern, rest) and addresses_of(text):
-            return text
+        if re.fullmatch(pattern, rest) and addresses_of(url):
+            return url
     except ValueError:  # a port above 65535
         pass
-    raise ValidationError(f"must look like {example}")
+    if "ssl_" in rest:
+        rule += "; TLS is up to REDIS_TLS_VERIFY and REDIS_CA_CERTS"
+    elif "@" in rest:
+        rule += "; in a user name and a password, percent-encode what is neither a letter nor a digit"
+    raise ValidationError(f"must look like {rule}")
 
 
 def addresses_of(url: str) -> list[tuple[str, int]]:
@@ -113,17 +127,29 @@ def addresses_of(url: str) -> list[tuple[str, int]]:
 
 
 def parse_ca_certs(text: str) -> str:
-    """CA certificates: PEM (RFC 7468), or the path of a file with it."""
-    pem = text.replace("\\n", "\n")
-    if not pem.startswith("-----BEGIN CERTIFICATE-----") and not os.path.isfile(text):
-        raise ValidationError("must be a PEM certificate or the path of a file")
-    return pem
+    """CA certificates: PEM (RFC 7468), which may be on one line with \\n spelled out, or the path of a file with it."""
+    pem = text.replace("\\r", "").replace("\\n", "\n")
+    given = pem if pem.startswith("-----BEGIN") else None
+    try:
+        load_pem_x509_certificates(given.encode() if given else Path(text).read_bytes())
+    except (ValueError, OSError):
+        raise ValidationError("must be a PEM certificate or the path of a file with it") from None
+    return given or text
 
 
 def parse_public_key(text: str) -> str:
-    """A public key in PEM (RFC 7468 §13). A PaaS keeps it on one line, with \\n spelled out."""
-    pem = text.replace("\\n", "\n")
+    """A public key or an X.509 certificate, in PEM (RFC 7468) or its base64 alone; gives PEM of the key.
+
+    A PaaS keeps a PEM on one line, with \\n spelled out.
+    """
+    base64 = re.sub(r"-----(BEGIN|END) (CERTIFICATE|(RSA )?PUBLIC KEY)-----|\\[rn]|\s", "", text)
     try:
+        der = b64decode(base64, validate=True)
+        try:
+            key = load_der_public_key(der)
+        except ValueError:
+            key = load_der_x509_certificate(der).public_key()
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         algorithms_of(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise ValidationError("must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519") from None
@@ -131,10 +157,7 @@ def parse_public_key(text: str) -> str:
 
 
 def algorithms_of(pem: str) -> tuple[str, ...]:
-    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify.
-
-    Raises ValueError or UnsupportedAlgorithm where there is none.
-    """
+    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify. Raises ValueError for none."""
     key = load_pem_public_key(pem.encode())
     if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
         return RSA_ALGORITHMS
@@ -148,7 +171,7 @@ def algorithms_of(pem: str) -> tuple[str, ...]:
 def setting(parse: Field[Any] | Callable[[str], Any], default: Any = None, *, secret: bool = False) -> Any:
     """A field of `Config` and how it is loaded; a `secret` one is never repeated in a message."""
     loaded = parse if isinstance(parse, Field) else Function(deserialize=parse)
-    loaded.pre_load.insert(0, UTF8)
+    loaded.pre_load = [UTF8, UNQUOTED, *loaded.pre_load]
     return dataclasses.field(default=default, metadata={"loaded": loaded, "secret": secret})
 
 
@@ -166,16 +189,18 @@ class Config:
     redis_wait_replicas: int = setting(whole_number(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: str | None = setting(parse_public_key, secret=True)
-    jwt_jwks_url: str | None = setting(HTTPS, secret=True)
+    jwt_jwks_url: str | None = setting(HTTP_URL, secret=True)
+    jwt_jwks_http: bool = setting(on_off(), False)
+    jwt_jwks_ca_certs: str | None = setting(parse_ca_certs, secret=True)
     jwt_algorithms: tuple[str, ...] = setting(parse_words, ())
     jwt_issuer: str | None = setting(String())
-    jwt_audience: str | None = setting(String())
+    jwt_audience: tuple[str, ...] = setting(lambda text: tuple(text.split()), ())
     jwt_leeway_seconds: int = setting(whole_number(0, 300), 30)
     jwt_subject_claim: str = setting(String(), "sub")
     session_idle_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 1800)
     session_idle_max_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 86400)
     session_absolute_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 2592000)
-    session_limit: int = setting(whole_number(1, 10000), 100)
+    session_limit: int = setting(whole_number(1, 1000), 100)
     trusted_proxies: int = setting(whole_number(0, 16), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(METRICS_TOKEN, secret=True)
@@ -219,6 +244,10 @@ class Config:
             yield "REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off"
         if self.redis_ca_certs and self.redis_url and not self.redis_url.startswith("rediss"):
             yield "REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted"
+        if (url := self.jwt_jwks_url or "").startswith("http:") and not (self.jwt_jwks_http or LOOPBACK_URL.match(url)):
+            yield "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
+        if self.jwt_jwks_ca_certs and not url.startswith("https:"):
+            yield "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWKS_URL only"
         if (idle := self.session_idle_seconds) > (most := self.session_idle_max_seconds):
             yield f"SESSION_IDLE_SECONDS={idle}: must not be more than SESSION_IDLE_MAX_SECONDS={most}"
         sources = [name for name in KEY_SOURCES if name in given]

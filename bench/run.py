@@ -100,7 +100,7 @@ class Bench:
         self.redis = stack.enter_context(RedisServer(folder))
         keys = {"RS256": rsa.generate_private_key(65537, 2048), "ES256": ec.generate_private_key(ec.SECP256R1())}
         self._signers = {"HS256": SECRET, **{name: _private_pem(key) for name, key in keys.items()}}
-        ours = {"REDIS_URL": self.redis.url, "SESSION_LIMIT": "10000"}
+        ours = {"REDIS_URL": self.redis.url, "SESSION_LIMIT": "1000"}
         self.ours = Service(stack, "wsgi:app", JWT_SECRET=SECRET, **ours)
         self.asymmetric = {
             name: Service(stack, "wsgi:app", JWT_PUBLIC_KEY=_public_pem(key), **ours) for name, key in keys.items()

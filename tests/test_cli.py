@@ -28,7 +28,7 @@ def test_token(app: Flask) -> None:
 
 def test_token_claims(make_app: Callable[..., Flask]) -> None:
     """A printed token has the issuer, the audience and the subject claim that are asked for."""
-    app = make_app(jwt_issuer="me", jwt_audience="you", jwt_subject_claim="userId")
+    app = make_app(jwt_issuer="me", jwt_audience=("you", "them"), jwt_subject_claim="userId")
     alice = Caller(app)
     alice.headers = {"Authorization": f"Bearer {run(app, 'token', 'alice').output.strip()}"}
     assert alice.get("/sessions").status_code == 200

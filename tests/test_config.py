@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x25519
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from app.config import Config, ConfigError
@@ -32,7 +35,9 @@ DEFAULTS = {
     "jwt_jwks_url": None,
     "jwt_algorithms": (),
     "jwt_issuer": None,
-    "jwt_audience": None,
+    "jwt_audience": (),
+    "jwt_jwks_http": False,
+    "jwt_jwks_ca_certs": None,
     "jwt_leeway_seconds": 30,
     "jwt_subject_claim": "sub",
     "session_idle_seconds": 1800,
@@ -50,8 +55,16 @@ def pem_of(private_key: Any) -> str:
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode().strip()
 
 
+def certificate_of(private_key: Any) -> str:
+    """A self-signed certificate, in PEM."""
+    name, now = x509.Name([]), datetime.now(timezone.utc)
+    builder = x509.CertificateBuilder(name, name, private_key.public_key(), 1, now, now + timedelta(hours=1))
+    return builder.sign(private_key, SHA256()).public_bytes(Encoding.PEM).decode().strip()
+
+
 RSA_KEY = rsa.generate_private_key(65537, 2048)
 RSA_PEM = pem_of(RSA_KEY)
+CERTIFICATE = certificate_of(RSA_KEY)
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 
 
@@ -74,7 +87,7 @@ WHOLE_NUMBERS = {
     "SESSION_IDLE_SECONDS": (1, 315360000),
     "SESSION_IDLE_MAX_SECONDS": (1, 315360000),
     "SESSION_ABSOLUTE_SECONDS": (1, 315360000),
-    "SESSION_LIMIT": (1, 10000),
+    "SESSION_LIMIT": (1, 1000),
     "TRUSTED_PROXIES": (0, 16),
     "REDIS_WAIT_REPLICAS": (0, 5),
     "PORT": (1, 65535),
@@ -98,7 +111,11 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
         bad_value("REDIS_TIMEOUT_SECONDS", value, "must be a number of seconds from 0.05 to 0.5")
         for value in ("0", "0.04", "0.51", "-1", "nan", "inf", "1 s")
     ]
-    + [bad_value("REDIS_TLS_VERIFY", value, "must be on or off") for value in ("yes", "0", "OFF")]
+    + [
+        bad_value(variable, value, "must be on or off")
+        for variable in ("REDIS_TLS_VERIFY", "JWT_JWKS_HTTP")
+        for value in ("yes", "0", "OFF")
+    ]
     + [
         bad_value("CORS_ORIGINS", value, "must be origins such as https://app.example.com, separated by spaces")
         for value in ("*", "app.example.com", "https://app.example.com/", "https://a.example https://B.example", "null")
@@ -119,7 +136,9 @@ REDIS_RULE = "must look like redis://user:password@host:6379/0"
 REDISS_RULE = REDIS_RULE.replace("redis:", "rediss:")
 SENTINEL_RULE = "must look like redis+sentinel://host:26379,host:26379/service/0"
 CLUSTER_RULE = "must look like redis+cluster://user:password@host:6379,host:6379"
-JWKS_RULE = "must be an https:// address; http:// only on this machine"
+JWKS_RULE = "must be an https:// address"
+CA_RULE = "must be a PEM certificate or the path of a file with it"
+ENCODE = "; in a user name and a password, percent-encode what is neither a letter nor a digit"
 
 
 @pytest.mark.parametrize(
@@ -134,10 +153,19 @@ JWKS_RULE = "must be an https:// address; http:// only on this machine"
             ("port too big", "redis://user:hunter2@host:65536/0", REDIS_RULE),
             ("host that can be none", "redis://user:hunter2@a..b:6379/0", REDIS_RULE),
             ("half an address", "redis://user:hunter2@[::1/0", REDIS_RULE),
+            ("# in the password", "redis://user:hunter2#x@host:6379/0", REDIS_RULE + ENCODE),
+            ("/ in the password", "redis://:hunter2/x@host:6379/0", REDIS_RULE + ENCODE),
+            ("? in the password", "rediss://:hunter2?x@host:6379/0", REDISS_RULE + ENCODE),
+            ("@ in the password", "valkey://:hunter2@x@host:6379/0", REDIS_RULE + ENCODE),
+            ("@ in a cluster's password", "redis+cluster://:hunter2@x@host,other", CLUSTER_RULE + ENCODE),
             ("database not a number", "redis://user:hunter2@host/zero", REDIS_RULE),
             ("path", "rediss://user:hunter2@host/0/1", REDISS_RULE),
             ("timeout", "redis://user:hunter2@host/0?socket_timeout=60", REDIS_RULE),
-            ("verification off", "rediss://user:hunter2@host/0?ssl_cert_reqs=none", REDISS_RULE),
+            (
+                "verification off",
+                "rediss://user:hunter2@host/0?ssl_cert_reqs=none",
+                f"{REDISS_RULE}; TLS is up to REDIS_TLS_VERIFY and",
+            ),
             ("database option not a number", "redis://user:hunter2@host?db=zero", REDIS_RULE),
             ("another database", "redis+sentinel://hunter2/main/0?db=1", SENTINEL_RULE),
             ("a cluster's database", "redis+cluster://hunter2?db=1", CLUSTER_RULE),
@@ -150,8 +178,7 @@ JWKS_RULE = "must be an https:// address; http:// only on this machine"
         bad_secret(id, "JWT_JWKS_URL", value, JWKS_RULE)
         for id, value in [
             ("no scheme", "hunter2.example/jwks"),
-            ("http", "http://user:hunter2@issuer.example/jwks"),
-            ("not localhost", "http://localhost.example/hunter2"),
+            ("ftp", "ftp://user:hunter2@issuer.example/jwks"),
             ("no host", "https:///hunter2"),
             ("half an address", "https://[::1/hunter2 "),
             ("a file", "file:///hunter2"),
@@ -162,7 +189,17 @@ JWKS_RULE = "must be an https:// address; http:// only on this machine"
         bad_secret("no service", "REDIS_URL", "redis+sentinel://hunter2/", SENTINEL_RULE),
         bad_secret("a database", "REDIS_URL", "redis+cluster://hunter2/0", CLUSTER_RULE),
         bad_secret("two hosts", "REDIS_URL", "redis://hunter2,other/0", REDIS_RULE),
-        bad_secret("garbage", "REDIS_CA_CERTS", "/hunter2", "must be a PEM certificate or the path of a file"),
+        *(
+            bad_secret(id, variable, value, CA_RULE)
+            for variable in ("REDIS_CA_CERTS", "JWT_JWKS_CA_CERTS")
+            for id, value in [
+                ("no file", "/hunter2"),
+                ("a folder", "/"),
+                ("a file without one", __file__),
+                ("cut", CERTIFICATE[:-60]),
+                ("a key", RSA_PEM),
+            ]
+        ),
         bad_secret("short", "METRICS_TOKEN", "hunter2", "must be 16 or more letters, digits and -._~+/=, or off"),
         bad_secret("a space", "METRICS_TOKEN", "hunter2 hunter2 hunter2", "must be 16 or more letters, digits and"),
         bad_secret("short", "LOG_KEY", "hunter2", "must have 16 characters or more"),
@@ -199,6 +236,10 @@ def test_not_utf8(variable: str) -> None:
         problem.startswith(variable) and problem.endswith(": is not UTF-8")
         for problem in problems({**GOOD, variable: "1\udcff"})
     )
+
+
+HTTP_RULE = "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
+JWKS_CA_RULE = "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWKS_URL only"
 
 
 @pytest.mark.parametrize(
@@ -246,13 +287,23 @@ def test_not_utf8(variable: str) -> None:
             "REDIS_WAIT_REPLICAS: memory:// has no replicas",
         ),
         (
-            {"REDIS_URL": "rediss://host", "REDIS_CA_CERTS": __file__, "REDIS_TLS_VERIFY": "off"},
+            {"REDIS_URL": "rediss://host", "REDIS_CA_CERTS": CERTIFICATE, "REDIS_TLS_VERIFY": "off"},
             "REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off",
         ),
         (
-            {"REDIS_CA_CERTS": __file__},
+            {"REDIS_CA_CERTS": CERTIFICATE},
             "REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted",
         ),
+        (
+            {"REDIS_URL": "redis+cluster://host", "REDIS_CA_CERTS": CERTIFICATE},
+            "REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted",
+        ),
+        *(
+            ({"JWT_JWKS_URL": url}, HTTP_RULE)
+            for url in ("http://issuer.example/jwks", "http://localhost.example", "http://127.0.0.1.example:80/jwks")
+        ),
+        ({"JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),
+        ({"JWT_JWKS_URL": "http://localhost/jwks", "JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),
         (
             {"SESSION_IDLE_SECONDS": "100000"},
             "SESSION_IDLE_SECONDS=100000: must not be more than SESSION_IDLE_MAX_SECONDS=86400",
@@ -271,7 +322,7 @@ BAD = {
     "REDIS_TIMEOUT_SECONDS": "60",
     "JWT_SECRET": "hunter2",
     "JWT_PUBLIC_KEY": "hunter2",
-    "JWT_JWKS_URL": "http://issuer.example",
+    "JWT_JWKS_URL": "issuer.example/hunter2",
     "JWT_LEEWAY_SECONDS": "1h",
     "SESSION_IDLE_SECONDS": "0",
     "SESSION_IDLE_MAX_SECONDS": "-1",
@@ -280,6 +331,8 @@ BAD = {
     "TRUSTED_PROXIES": "all",
     "REDIS_CA_CERTS": "/hunter2",
     "REDIS_TLS_VERIFY": "no",
+    "JWT_JWKS_HTTP": "yes",
+    "JWT_JWKS_CA_CERTS": "hunter2",
     "REDIS_WAIT_REPLICAS": "6",
     "CORS_ORIGINS": "*",
     "METRICS_TOKEN": "hunter2",
@@ -359,11 +412,21 @@ def test_limits(variable: str) -> None:
         "rediss://:secret@host/",
         "unix:///run/redis.sock?db=1",
         "redis://[::1]:6379/0",
+        "redis+sentinel://:p%40ss@one:26379,two/main/3",
+        "rediss+sentinel://one,[::1]:26380/main",
+        "redis+cluster://user:p%23ss@one:6379,two:6379",
+        "rediss+cluster://clustercfg.example.com:6379",
     ],
 )
 def test_redis_url(url: str) -> None:
     """The usual ways to name a Redis are taken as they are."""
     assert Config.from_env({**GOOD, "REDIS_URL": url}).redis_url == url
+
+
+@pytest.mark.parametrize("name, scheme", [("valkey", "redis"), ("valkeys", "rediss")])
+def test_valkey_url(name: str, scheme: str) -> None:
+    """valkey:// and valkeys:// are other names of redis:// and rediss://."""
+    assert Config.from_env({**GOOD, "REDIS_URL": f"{name}://:s@host/1"}).redis_url == f"{scheme}://:s@host/1"
 
 
 def test_redis_tls_url() -> None:
@@ -381,11 +444,68 @@ def test_jwks_url(url: str) -> None:
     assert Config.from_env(environment({"JWT_JWKS_URL": url})).jwt_jwks_url == url
 
 
-def test_pem_on_one_line() -> None:
-    """A PEM may be on one line, with \\n spelled out."""
-    one_line = RSA_PEM.replace("\n", "\\n")
-    spelled_out, as_it_is = (Config.from_env(environment({"JWT_PUBLIC_KEY": pem})) for pem in (one_line, RSA_PEM))
-    assert spelled_out == as_it_is
+def test_jwks_http() -> None:
+    """A key set is fetched over http from another machine where JWT_JWKS_HTTP says so."""
+    config = Config.from_env(environment({"JWT_JWKS_URL": "http://issuer:8080/jwks", "JWT_JWKS_HTTP": "on"}))
+    assert (config.jwt_jwks_url, config.jwt_jwks_http) == ("http://issuer:8080/jwks", True)
+
+
+@pytest.mark.parametrize("variable", ["REDIS_CA_CERTS", "JWT_JWKS_CA_CERTS"])
+def test_ca_certs(tmp_path: Path, variable: str) -> None:
+    """CA certificates are PEM, with line breaks as they are or spelled out, or the path of a file with it."""
+    (tmp_path / "ca.crt").write_text(CERTIFICATE)
+    values = {
+        CERTIFICATE: CERTIFICATE,
+        CERTIFICATE.replace("\n", "\\n"): CERTIFICATE,
+        CERTIFICATE.replace("\n", "\\r\\n"): CERTIFICATE,
+        str(tmp_path / "ca.crt"): str(tmp_path / "ca.crt"),
+    }
+    environ = environment({"REDIS_URL": "rediss://host", "JWT_JWKS_URL": "https://issuer.example"})
+    loaded = [getattr(Config.from_env({**environ, variable: value}), variable.lower()) for value in values]
+    assert loaded == list(values.values())
+
+
+def test_audiences() -> None:
+    """Several audiences are separated by spaces."""
+    assert Config.from_env({**GOOD, "JWT_AUDIENCE": "web  https://api.example/"}).jwt_audience == (
+        "web",
+        "https://api.example/",
+    )
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_quotes(variable: str, quote: str) -> None:
+    """Quotes around a value, which a file for docker keeps, are refused in every variable."""
+    value = f"{quote}{GOOD.get(variable, 'on')}{quote}"
+    found = problems({**GOOD, variable: value})
+    assert any(each.startswith(variable) and each.endswith(": must not stand in quotes") for each in found)
+    assert SECRET not in "".join(found)
+
+
+def test_quotes_within() -> None:
+    """A quote at one end only, or within, is a part of the value."""
+    assert Config.from_env({**GOOD, "LOG_KEY": '\'sixteen "letters"'}).log_key == '\'sixteen "letters"'
+
+
+PRINTED = {
+    "line breaks spelled out": RSA_PEM.replace("\n", "\\n"),
+    "Windows' line breaks": RSA_PEM.replace("\n", "\r\n"),
+    "Windows' line breaks spelled out": RSA_PEM.replace("\n", "\\r\\n"),
+    "spaces for line breaks": RSA_PEM.replace("\n", " "),
+    "base64 alone": "".join(RSA_PEM.splitlines()[1:-1]),
+    "PKCS #1": RSA_KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.PKCS1).decode(),
+    "certificate": CERTIFICATE,
+    "certificate on one line": CERTIFICATE.replace("\n", "\\n"),
+    "base64 of a certificate alone": "".join(CERTIFICATE.splitlines()[1:-1]),
+}
+
+
+@pytest.mark.parametrize("way", PRINTED)
+def test_public_key_as_printed(way: str) -> None:
+    """A public key is taken in each form in which issuers print it."""
+    printed, plain = (Config.from_env(environment({"JWT_PUBLIC_KEY": pem})) for pem in (PRINTED[way], RSA_PEM))
+    assert printed == plain
 
 
 @pytest.mark.parametrize(

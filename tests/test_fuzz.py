@@ -44,7 +44,7 @@ for schema in (in_process, over_http):
 def base_url(redis_server: RedisServer) -> Iterator[str]:
     """The address of the service as it is run."""
     redis_server.client.flushall()
-    with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "SESSION_LIMIT": "10000"}) as url:
+    with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "SESSION_LIMIT": "1000"}) as url:
         yield url
 
 

@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 from tests.conftest import SECRET
 
 ISSUER, AUDIENCE = "https://issuer.example", "sessions"
-STRICT = {"jwt_issuer": ISSUER, "jwt_audience": AUDIENCE}
+STRICT = {"jwt_issuer": ISSUER, "jwt_audience": (AUDIENCE,)}
 NOW = 1_900_000_000
 
 # RFC 6750 §3: in a description everything printable but the quote and the backslash.
