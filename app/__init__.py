@@ -11,7 +11,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import MapAdapter
 
-from app import cli, docs, errors, health, metrics, openapi, sessions
+from app import cli, errors, metrics, operations, sessions
 from app.auth import TokenVerifier
 from app.config import Config
 from app.connection import OnePrimary, connect
@@ -68,7 +68,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.extensions["session_store"] = SessionStore(config, servers, app.extensions["metrics"].round_trip)
     app.extensions["keys"] = keys
     app.extensions["token_verifier"] = TokenVerifier(config, keys)
-    for blueprint in (sessions.bp, health.bp, openapi.bp, docs.bp, cli.bp):
+    for blueprint in (sessions.bp, operations.bp, cli.bp):
         app.register_blueprint(blueprint)
     if config.metrics_token != "off":
         app.register_blueprint(metrics.bp)

@@ -77,11 +77,7 @@ class Metrics:
 
 @bp.get("/metrics")
 def metrics() -> Response:
-    """Metrics for Prometheus, of all workers.
-    ---
-    responses:
-      200: {description: Metrics, content: {text/plain: {schema: {type: string}}}}
-    """
+    """Metrics for Prometheus, of all workers."""
     config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
     if config.metrics_token and not compare_digest(
         bearer_token(request.environ).encode(), config.metrics_token.encode()

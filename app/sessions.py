@@ -42,13 +42,6 @@ def heartbeat(id: str) -> Response:
 
     Update session activity and extend the session expiry time. Typically called periodically to keep the session alive.
     A body is ignored.
-    ---
-    responses:
-      200:
-        headers:
-          Session-Expires-In: {required: true, schema: {type: integer, minimum: 0}, description: Whole seconds left}
-          Cache-Control: {required: true, schema: {type: string, const: no-store}}
-        example: {success: true, message: Session updated successfully, newExpiry: "2019-08-24T14:15:22.000Z"}
     """
     ignore_body()
     renewal = store().heartbeat(g.subject, id)
@@ -61,16 +54,6 @@ def heartbeat_many() -> dict[str, Any]:
     """Keep many sessions alive.
 
     For gateways. The results are in the order of the ids.
-    ---
-    requestBody: {required: true, content: {application/json: {schema: {$ref: "#/components/schemas/HeartbeatMany"}}}}
-    responses:
-      200:
-        example:
-          success: true
-          message: Sessions updated successfully
-          results:
-            - {id: Vw0uGbNGhl2Rq3XzJt4n8sYkPfD5aCeM, success: true, newExpiry: "2019-08-24T14:15:22.000Z"}
-            - {id: mMq4ydAPtJ6UHl1cZbW9x0eTnSgKv7Ro, success: false, error: Session not found or expired}
     """
     ids = load_body(HeartbeatManySchema())["ids"]
     possible = [id for id in ids if re.fullmatch(SESSION_ID, id)]
@@ -92,10 +75,7 @@ def heartbeat_many() -> dict[str, Any]:
 @bp.get("")
 @requires_token
 def list_sessions() -> dict[str, Any]:
-    """List the caller's live sessions, the most recently active first.
-    ---
-    responses: {200: {description: The sessions, example: {success: true, sessions: []}}}
-    """
+    """List the caller's live sessions, the most recently active first."""
     return {"success": True, "sessions": SessionSchema(many=True).dump(store().list(g.subject))}
 
 
@@ -106,13 +86,6 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
 
     The body and all of its fields are optional. Without `idleTimeoutSeconds` the session gets the service's own idle
     timeout. The address is the one that the request comes from.
-    ---
-    requestBody: {content: {application/json: {schema: {$ref: "#/components/schemas/OpenSession"}}}}
-    responses:
-      201:
-        headers: {Location: {required: true, schema: {type: string}, description: The session's path}}
-        example: {success: true, message: Session opened successfully, session: {}}
-      429: Error429
     """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
     session = store().open(g.subject, ip_address=peer_address(), **options)
@@ -125,10 +98,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
 @bp.get("/<session_id:id>")
 @requires_token
 def get_session(id: str) -> dict[str, Any]:
-    """Read a session without extending it.
-    ---
-    responses: {200: {description: The session, example: {success: true, session: {}}}}
-    """
+    """Read a session without extending it."""
     return {"success": True, "session": SessionSchema().dump(store().get(g.subject, id))}
 
 
@@ -138,8 +108,6 @@ def revoke(id: str) -> dict[str, Any]:
     """End a session.
 
     No heartbeat brings it back. A body is ignored.
-    ---
-    responses: {200: {example: {success: true, message: Session revoked successfully}}}
     """
     ignore_body()
     store().revoke(g.subject, id)
@@ -154,9 +122,6 @@ def revoke_all() -> dict[str, Any]:
     """End all of the caller's sessions, or all but one.
 
     The body is optional; `exceptSessionId` names the session to spare.
-    ---
-    requestBody: {content: {application/json: {schema: {$ref: "#/components/schemas/RevokeAll"}}}}
-    responses: {200: {example: {success: true, message: All sessions revoked successfully}}}
     """
     number = store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
     current_app.extensions["metrics"].revoked.inc(number)

@@ -135,7 +135,7 @@ def test_unfolds(page: Browser) -> None:
         "css selector", ".opblock-summary-control, .json-schema-2020-12-expand-deep-button"
     ):
         fold.click()
-    page.find("#operations-operations-page .responses-table")
+    page.find("#operations-operations-docs .responses-table")
     assert page.driver.find_elements("css selector", ".errors-wrapper") == []
 
 

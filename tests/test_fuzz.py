@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.config import SchemathesisConfig
 
 from app import create_app
-from app.config import Config
+from app.config import LONGEST_SECONDS, Config
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn
 
@@ -24,7 +24,9 @@ CONFIG = SchemathesisConfig.from_dict(
     }
 )
 REDIS = fakeredis.FakeRedis(server=fakeredis.FakeServer(server_type="redis"), decode_responses=True)
-APP = create_app(Config(redis_url="memory://", jwt_secret=(SECRET,), session_limit=10000, web_concurrency=1), REDIS)
+# The longest idle timeout that can be configured, since the document names no shorter one.
+SETTINGS = {"session_limit": 1000, "session_idle_max_seconds": LONGEST_SECONDS}
+APP = create_app(Config(redis_url="memory://", jwt_secret=(SECRET,), web_concurrency=1, **SETTINGS), REDIS)
 
 in_process = schemathesis.openapi.from_wsgi("/openapi.json", APP, config=CONFIG)
 over_http = schemathesis.openapi.from_dict(APP.test_client().get("/openapi.json").json, config=CONFIG)
@@ -44,7 +46,8 @@ for schema in (in_process, over_http):
 def base_url(redis_server: RedisServer) -> Iterator[str]:
     """The address of the service as it is run."""
     redis_server.client.flushall()
-    with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "SESSION_LIMIT": "1000"}) as url:
+    environ = {name.upper(): str(value) for name, value in SETTINGS.items()}
+    with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, **environ}) as url:
         yield url
 
 

@@ -5,163 +5,236 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from flask import Flask
+from jsonschema import Draft202012Validator
+from marshmallow import Schema, fields, missing, validate
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from werkzeug.test import TestResponse
 
+import app.operations
+from app.config import LONGEST_SECONDS, Config
 from app.keys import KeysUnavailable
-from app.schemas import LARGEST_BODY
+from app.schemas import (
+    BODY_TIMEOUT,
+    LARGEST_BODY,
+    MOST_IDS,
+    SESSION_ID,
+    HeartbeatManySchema,
+    Ids,
+    Instant,
+    OpenSchema,
+    RevokeAllSchema,
+    SessionSchema,
+)
 from tests.conftest import Caller
 from tests.test_contract import STALLED
 
-pytestmark = pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
-
 MISSING = "A" * 32
 JSON = "application/json"
+DOCUMENT = json.loads(Path(app.operations.__file__).with_name("openapi.json").read_text())
+SCHEMAS = DOCUMENT["components"]["schemas"]
+# The bodies that callers send; all other schemas are of answers.
+REQUESTED = {
+    "OpenSession": OpenSchema(LONGEST_SECONDS),
+    "HeartbeatMany": HeartbeatManySchema(),
+    "RevokeAll": RevokeAllSchema(),
+}
 # The files of the page at /docs are no part of the API.
-FILES = {"docs.static", "docs.start"}
-Document = dict[str, Any]
+FILES = {"operations.static", "operations.start"}
+
+
+def follow(part: Any) -> Any:
+    """A part of the document, with references followed."""
+    if isinstance(part, list):
+        return [follow(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        found: Any = DOCUMENT
+        for name in part["$ref"].removeprefix("#/").split("/"):
+            found = found[name]
+        return follow(found)
+    return {name: follow(each) for name, each in part.items()}
+
+
+OPERATIONS = [
+    (method.upper(), path, follow(operation))
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+]
+BY_ID = {operation["operationId"]: operation for _, _, operation in OPERATIONS}
+
+
+def examples(shown: dict[str, Any]) -> list[Any]:
+    """The bodies that a Response Object or a Request Body Object shows."""
+    content = shown["content"].get(JSON, {})
+    bodies = [each["value"] for each in content.get("examples", {}).values()]
+    return bodies + [content["example"]] if "example" in content else bodies
 
 
 @pytest.fixture
-def document(app: Flask) -> Document:
+def backend() -> str:
+    """One store is enough here."""
+    return "fakeredis"
+
+
+def test_served_as_it_is(app: Flask) -> None:
+    """The service serves the file to the letter, to callers without a token."""
     response = app.test_client().get("/openapi.json")
     assert (response.status_code, response.headers["Content-Type"]) == (200, JSON)
-    return response.json
+    assert response.json == DOCUMENT
 
 
-def operations(document: Document) -> Iterator[tuple[str, str, Document]]:
-    """Method, path and Operation Object of each endpoint."""
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            yield method.upper(), path, operation
-
-
-def responses(document: Document, operation: Document) -> dict[int, Document]:
-    """The Response Objects of an operation by status, with references followed."""
-    shared = document["components"]["responses"]
-    return {
-        int(status): shared[each["$ref"].rpartition("/")[2]] if "$ref" in each else each
-        for status, each in operation["responses"].items()
-    }
-
-
-def examples(response: Document) -> list[Any]:
-    """The bodies that a Response Object shows."""
-    content = response["content"].get(JSON, {})
-    shown = [each["value"] for each in content.get("examples", {}).values()]
-    return shown + [content["example"]] if "example" in content else shown
-
-
-def test_valid(document: Document) -> None:
+def test_valid() -> None:
     """The document is valid OpenAPI 3.1."""
-    assert document["openapi"] == "3.1.0"
-    OpenAPIV31SpecValidator(document).validate()
+    assert DOCUMENT["openapi"] == "3.1.0"
+    OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
-def test_every_route(app: Flask, document: Document) -> None:
-    """Every route and method of the service is documented, and nothing else is."""
+def test_every_route(app: Flask) -> None:
+    """Every route and method is documented under the name of its view, and nothing else is."""
     routes = {
-        (method, re.sub("<.*?([a-z]+)>", r"{\1}", rule.rule))
+        (method, re.sub("<.*?([a-z]+)>", r"{\1}", rule.rule), rule.endpoint.rpartition(".")[2])
         for rule in app.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
         if rule.endpoint not in FILES
     }
-    assert {(method, path) for method, path, _ in operations(document)} == routes
+    assert {(method, path, operation["operationId"]) for method, path, operation in OPERATIONS} == routes
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"cors_origins": ("https://app.example.com",)}, {"metrics_token": "0123456789abcdef"}, {"metrics_token": "off"}],
-    ids=str,
-)
-def test_other_settings(make_app: Callable[..., Flask], settings: dict[str, Any]) -> None:
-    """The same holds where pages of other origins may call, and where metrics are not for everybody."""
-    app = make_app(**settings)
-    document = app.test_client().get("/openapi.json").json
-    test_valid(document)
-    test_every_route(app, document)
-    test_described(document)
-    test_token_needed(app, document)
+def test_described() -> None:
+    """Every endpoint has a sentence that says what it does, and a declared tag."""
+    assert [id for id, operation in BY_ID.items() if not re.fullmatch("[A-Z].*[.]", operation["summary"])] == []
+    declared = [tag["name"] for tag in DOCUMENT["tags"]]
+    assert {tag for operation in BY_ID.values() for tag in operation["tags"]} == set(declared)
 
 
-def test_described(document: Document) -> None:
-    """Every endpoint has a sentence that says what it does, and an id of its own."""
-    every = [operation for _, _, operation in operations(document)]
-    assert all(re.fullmatch("[A-Z].*[.]", operation["summary"]) for operation in every)
-    assert all("---" not in operation["description"] for operation in every)
-    assert len({operation["operationId"] for operation in every}) == len(every)
-
-
-def test_bearer(document: Document) -> None:
+def test_bearer() -> None:
     """The way in is a JWT as a bearer token."""
-    scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
-    assert document["components"]["securitySchemes"] == {"bearer": scheme}
+    bearer = DOCUMENT["components"]["securitySchemes"]["bearer"]
+    assert (bearer["type"], bearer["scheme"], bearer["bearerFormat"]) == ("http", "bearer", "JWT")
+    assert DOCUMENT["security"] == [{"bearer": []}]
 
 
-def test_token_needed(app: Flask, document: Document) -> None:
+def test_token_needed(app: Flask) -> None:
     """The document asks for a token exactly where the service does."""
-    for method, path, operation in operations(document):
-        status = app.test_client().open(path.format(id=MISSING), method=method).status_code
-        assert (operation.get("security"), 401 in responses(document, operation)) == (
-            ([{"bearer": []}], True) if status == 401 else (None, False)
-        )
+    http = app.test_client()
+    for method, path, operation in OPERATIONS:
+        status = http.open(path.format(id=MISSING), method=method).status_code
+        assert operation.get("security") == (None if status == 401 else []), path
 
 
-def test_session_id(alice: Caller, document: Document) -> None:
-    """The pattern of the path parameter fits a session's id, and nothing that the service takes for none."""
-    [id] = document["components"]["parameters"].values()
-    assert (id["name"], id["in"], id["required"]) == ("id", "path", True)
-    assert re.search(id["schema"]["pattern"], alice.open())
-    assert not any(
-        re.search(id["schema"]["pattern"], each) for each in ["A" * 21, "A" * 65, "A" * 31 + "=", "revoke-all"]
-    )
-    taking = {path for _, path, operation in operations(document) if operation.get("parameters")}
-    assert taking == {path for path in document["paths"] if "{id}" in path}
+def test_session_id(alice: Caller) -> None:
+    """The pattern of the path parameter is the service's, and fits the id of a session."""
+    parameter = DOCUMENT["components"]["parameters"]["id"]
+    assert parameter["schema"] == {"type": "string", "pattern": f"^{SESSION_ID}$"}
+    assert re.search(parameter["schema"]["pattern"], alice.open())
+    taking = {path for _, path, operation in OPERATIONS if parameter in operation.get("parameters", [])}
+    assert taking == {path for path in DOCUMENT["paths"] if "{id}" in path}
 
 
-def test_request_bodies(document: Document) -> None:
+def test_request_bodies() -> None:
     """A body is required only where there is nothing to do without one."""
-    bodies = {
-        operation["operationId"]: operation["requestBody"].get("required", False)
-        for _, _, operation in operations(document)
-        if "requestBody" in operation
-    }
+    bodies = {id: each["requestBody"].get("required", False) for id, each in BY_ID.items() if "requestBody" in each}
     assert bodies == {"open_session": False, "heartbeat_many": True, "revoke_all": False}
 
 
-def test_no_other_fields(document: Document) -> None:
-    """What goes in and what comes out have the documented fields and no others."""
-    schemas = document["components"]["schemas"].values()
-    bodies = [
-        schema
-        for _, _, operation in operations(document)
-        for status, response in responses(document, operation).items()
-        if examples(response)
-        for schema in (lambda each: each.get("oneOf", [each]))(response["content"][JSON]["schema"])
-    ]
-    assert [schema for schema in [*schemas, *bodies] if schema["additionalProperties"] is not False] == []
-    assert [schema for schema in bodies if set(schema["required"]) != set(schema["properties"])] == []
+TYPES: dict[type, dict[str, Any]] = {
+    fields.String: {"type": "string"},
+    fields.Integer: {"type": "integer"},
+    Instant: {"type": "string", "format": "date-time"},
+    Ids: {"type": "array", "minItems": 1, "maxItems": MOST_IDS, "items": {"type": "string"}},
+}
 
 
-def test_session(alice: Caller, document: Document) -> None:
-    """A session has the documented fields, in their order, and always those that the document calls required."""
-    session = document["components"]["schemas"]["Session"]
+def schema_of(field: fields.Field) -> dict[str, Any]:
+    """The JSON Schema of a marshmallow field: its type, its bounds and its default."""
+    [schema] = [TYPES[kind] for kind in type(field).__mro__ if kind in TYPES]
+    for each in field.validators:
+        if isinstance(each, validate.Length):
+            schema = {**schema, "minLength": each.min, "maxLength": each.max}
+        elif isinstance(each, validate.Range):
+            schema = {**schema, "minimum": each.min, "maximum": each.max}
+        elif isinstance(each, validate.Regexp):
+            # JSON Schema's regular expressions have no \Z.
+            schema = {**schema, "pattern": "^" + each.regex.pattern.removesuffix(r"\Z") + "$"}
+    return schema if field.load_default is missing else {**schema, "default": field.load_default}
+
+
+@pytest.mark.parametrize("name, schema", [*REQUESTED.items(), ("Session", SessionSchema())])
+def test_schema(name: str, schema: Schema) -> None:
+    """A schema has the fields of the service's own, in their order, with the same types, bounds and defaults."""
+    own = {field.data_key or name: field for name, field in schema.fields.items()}
+    shown = {
+        name: {key: value for key, value in each.items() if key != "description"}
+        for name, each in SCHEMAS[name]["properties"].items()
+    }
+    assert list(shown.items()) == [(name, schema_of(field)) for name, field in own.items()]
+    assert SCHEMAS[name].get("required", []) == [name for name, field in own.items() if field.required]
+
+
+def test_other_fields() -> None:
+    """The service refuses fields that it does not know; a caller must not refuse an answer that has a new one."""
+    closed = {name for name, schema in SCHEMAS.items() if schema.get("additionalProperties") is False}
+    assert closed == set(REQUESTED)
+    assert str(DOCUMENT).count("'additionalProperties': False") == len(REQUESTED)
+
+
+def test_session(alice: Caller) -> None:
+    """A session has the documented fields in their order."""
     options = {"deviceName": "Tablet", "location": "Oslo", "loginMethod": "pin"}
     opened = alice.post("/sessions", json=options).json["session"]
-    assert list(session["properties"]) == list(opened)
-    assert set(session["required"]) == {"id", "startedAt", "lastActivity", "expiresAt", "loginMethod"}
+    assert list(SCHEMAS["Session"]["properties"]) == list(opened)
 
 
-def test_bounds(make_app: Callable[..., Flask]) -> None:
-    """The longest idle timeout is the configured one."""
-    document = make_app(session_idle_max_seconds=4321).test_client().get("/openapi.json").json
-    seconds = document["components"]["schemas"]["OpenSession"]["properties"]["idleTimeoutSeconds"]
-    assert seconds == {"type": "integer", "minimum": 1, "maximum": 4321}
+def test_figures() -> None:
+    """The bounds and defaults that the descriptions name are the service's own."""
+    shown = follow(DOCUMENT["components"]["responses"])
+    assert f"{LARGEST_BODY:,} bytes" in shown["BodyTooLarge"]["description"]
+    assert f"{BODY_TIMEOUT:.0f} seconds" in shown["BodyTooSlow"]["description"]
+    idle_timeout = SCHEMAS["OpenSession"]["properties"]["idleTimeoutSeconds"]["description"]
+    assert f"`SESSION_IDLE_MAX_SECONDS` of the service says ({Config().session_idle_max_seconds} " in idle_timeout
+    assert f"`SESSION_IDLE_SECONDS` ({Config().session_idle_seconds} " in idle_timeout
+
+
+def bodies() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every Request Body Object and Response Object with the name of its operation."""
+    for id, operation in BY_ID.items():
+        for each in [*operation["responses"].values(), operation.get("requestBody")]:
+            if each and JSON in each["content"] and id != "openapi":
+                yield id, each
+
+
+def closed(schema: Any) -> Any:
+    """The same schema without room for other fields."""
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {name: closed(each) for name, each in schema.items()}
+    return {"additionalProperties": False, **parts} if "properties" in parts else parts
+
+
+def fits(body: Any, shown: dict[str, Any]) -> None:
+    """Check that a body has the documented fields, as documented, and no others."""
+    Draft202012Validator(closed(shown["content"][JSON]["schema"])).validate(body)
+
+
+def test_examples() -> None:
+    """Every JSON body has an example, and every example fits its schema, also that of a header."""
+    for id, body in bodies():
+        assert examples(body), id
+        for example in examples(body):
+            fits(example, body)
+    headers = [header for _, body in bodies() for header in body.get("headers", {}).values()]
+    for header in headers:
+        if "example" in header:
+            Draft202012Validator(header["schema"]).validate(header["example"])
 
 
 RENEWED = '{"success": true, "message": "Session updated successfully", "newExpiry": "2019-08-24T14:15:22.000Z"}'
@@ -179,10 +252,9 @@ FIXED = [
 
 
 @pytest.mark.parametrize("id, status, body", FIXED)
-def test_fixed_example(document: Document, id: str, status: int, body: str) -> None:
+def test_fixed_example(id: str, status: int, body: str) -> None:
     """The example of a body that the contract fixes is that body, to the letter."""
-    [operation] = [operation for _, _, operation in operations(document) if operation["operationId"] == id]
-    [example] = examples(responses(document, operation)[status])
+    [example] = examples(BY_ID[id]["responses"][str(status)])
     assert json.dumps(example) == body
 
 
@@ -206,6 +278,7 @@ def answers(
     """All kinds of answers that an endpoint gives."""
     monkeypatch.setattr("app.schemas.BODY_TIMEOUT", 0.05)
     app = make_app(session_limit=2)
+    others = [make_app(metrics_token=token).test_client() for token in ("0123456789abcdef", "off")]
     alice, server = Caller(app), database.connection_pool.connection_kwargs["server"]
 
     def no_keys(token: str) -> None:
@@ -227,31 +300,30 @@ def answers(
         with monkeypatch.context() as patch:
             patch.setattr(app.extensions["token_verifier"], "verify", no_keys)
             yield send()
+        if path == "/metrics":
+            yield from [http.get(path, headers=headers) for http in others for headers in (alice.headers, {})]
 
     return ask
 
 
-def test_every_answer(answers: Callable[[str, str], Iterator[TestResponse]], document: Document) -> None:
-    """Every endpoint gives the documented statuses and no others, with the documented headers and errors."""
-    for method, path, operation in operations(document):
-        documented = responses(document, operation)
-        seen = defaultdict(list)
-        for answer in answers(method, path):
-            seen[answer.status_code].append(answer)
-        assert sorted(seen) == sorted(documented), (method, path)
-        for status, given in seen.items():
-            bodies = examples(documented[status])
-            headers = {name for name, header in documented[status].get("headers", {}).items() if header["required"]}
-            assert all(headers <= set(dict(answer.headers)) for answer in given)
-            if status >= 400 and status != 422:
-                assert {answer.text for answer in given} == {json.dumps(body) for body in bodies}
-            elif bodies:
-                assert {tuple(answer.json) for answer in given} == {tuple(bodies[0])}
-
-
-def test_wrong_method(alice: Caller, document: Document) -> None:
-    """The document shows what a method that a path does not have is answered with."""
-    shown = document["components"]["responses"]["Error405"]
-    answer = alice.get("/sessions/revoke-all")
-    assert answer.json in examples(shown)
-    assert set(shown["headers"]) == {"Allow"} <= set(dict(answer.headers))
+@pytest.mark.parametrize("method, path, operation", OPERATIONS, ids=BY_ID)
+def test_every_answer(
+    answers: Callable[[str, str], Iterator[TestResponse]], method: str, path: str, operation: dict[str, Any]
+) -> None:
+    """An endpoint gives the documented statuses and no others, with the documented headers, fields and errors."""
+    seen = defaultdict(list)
+    for answer in answers(method, path):
+        seen[str(answer.status_code)].append(answer)
+    assert sorted(seen) == sorted(operation["responses"])
+    for status, given in seen.items():
+        shown = operation["responses"][status]
+        headers = {name for name, header in shown.get("headers", {}).items() if header["required"]}
+        assert all(headers <= set(dict(answer.headers)) for answer in given)
+        assert {answer.mimetype for answer in given} == set(shown["content"])
+        if not (bodies := examples(shown)):
+            continue
+        if status >= "400" and status != "422":
+            assert {answer.text for answer in given} == {json.dumps(body) for body in bodies}
+        for answer in given:
+            fits(answer.json, shown)
+            assert tuple(answer.json) == tuple(bodies[0]) == tuple(shown["content"][JSON]["schema"]["properties"])

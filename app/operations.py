@@ -1,0 +1,68 @@
+"""What the service says of itself: liveness, readiness, and the API as a document and as a page."""
+
+from pathlib import Path
+
+import flask_swagger_ui  # type: ignore[import-untyped]
+from flask import Blueprint, Response, current_app, jsonify
+
+from app.errors import error, retry_after
+from app.schemas import APIResponse
+from app.store import StoreUnavailable
+
+# OpenAPI 3.1, written by hand and served as it stands; tests/test_openapi.py holds it to the app.
+DOCUMENT = Path(__file__).with_name("openapi.json").read_text()
+SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
+# The icons are in the style sheet, as data.
+POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>session-heartbeat</title>
+<link rel="icon" href="/docs/favicon-32x32.png">
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+<div id="swagger-ui"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script>
+</html>
+"""
+# The validator is a service elsewhere.
+START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", validatorUrl: null})'
+
+bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
+
+
+@bp.get("/healthz")
+def liveness() -> dict[str, str]:
+    """Whether this process answers; asks nothing else."""
+    return {"status": "ok"}
+
+
+@bp.get("/readyz")
+def readiness() -> Response:
+    """Whether this process can serve sessions: Redis answers, within 1.5 seconds."""
+    try:
+        current_app.extensions["session_store"].ping()
+    except StoreUnavailable:
+        return error(503, "Redis does not answer", retry_after(1), status="unavailable")
+    return jsonify(status="ok")
+
+
+@bp.get("/openapi.json")
+def openapi() -> APIResponse:
+    """The API as a document."""
+    return APIResponse(DOCUMENT)
+
+
+@bp.get("/docs")
+def docs() -> APIResponse:
+    """The API as a page on which it can be tried: Swagger UI out of its package, which asks no other server."""
+    return APIResponse(PAGE, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
+
+
+@bp.get("/docs/start.js")
+def start() -> APIResponse:
+    """The page's own script, since its policy permits none inside it."""
+    return APIResponse(START, mimetype="text/javascript")
