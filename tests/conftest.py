@@ -28,6 +28,9 @@ from tests.servers import RedisServer
 # A proxy that the environment names, such as one on the way to the package index, is not to be used for loopback.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
+# For what does not depend on the store: once is enough.
+fake_only = pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
+
 SECRET = "the-tests-own-secret-of-more-than-32-bytes"
 
 
@@ -42,7 +45,7 @@ class Clock:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A redis-server for the whole run. Tests that hurt it start one of their own."""
+    """A redis-server for each worker, for the whole run. Tests that hurt it start one of their own."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,17 +19,26 @@ import redis
 ROOT = Path(__file__).parent.parent
 
 
-def free_ports(number: int) -> list[int]:
-    """So many ports, no two the same: all are held until all are drawn."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+# Below the ports that the kernel gives to outgoing connections, one of which could otherwise take a port between its
+# choice and its use; drawn by lot, since tests run side by side. A cluster's nodes use the port 10,000 above as well.
+PORTS = range(10_000, 20_000)
 
 
 def free_port() -> int:
-    return free_ports(1)[0]
+    """A TCP port on which nothing listens."""
+    while True:
+        port = random.choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as each:
+            each.bind(("127.0.0.1", port))
+            return port
+
+
+def free_ports(number: int) -> list[int]:
+    """So many ports, no two the same."""
+    ports: set[int] = set()
+    while len(ports) < number:
+        ports.add(free_port())
+    return list(ports)
 
 
 def required(program: str) -> str:

@@ -7,7 +7,7 @@ import redis
 from flask import Flask
 
 from app.schemas import LARGEST_BODY
-from tests.conftest import FAILURES, Caller, Clock, answer
+from tests.conftest import FAILURES, Caller, Clock, answer, fake_only
 
 MISSING = "A" * 32
 STRANGE_IDS = {
@@ -64,6 +64,7 @@ def refused(alice: Caller, method: str, path: str, **options: object) -> int:
     return response.status_code
 
 
+@fake_only
 @pytest.mark.parametrize("method, path", [("POST", "/heartbeat"), ("POST", "/revoke"), ("GET", "")])
 @pytest.mark.parametrize("id", STRANGE_IDS.values(), ids=STRANGE_IDS)
 def test_strange_id(alice: Caller, database: redis.Redis, id: str, method: str, path: str) -> None:
@@ -74,7 +75,7 @@ def test_strange_id(alice: Caller, database: redis.Redis, id: str, method: str, 
     assert database.keys() == []
 
 
-@pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
+@fake_only
 @pytest.mark.parametrize("id", STRANGE_IDS.values(), ids=STRANGE_IDS)
 def test_strange_id_while_the_store_is_down(alice: Caller, database: redis.Redis, id: str) -> None:
     """Redis is never asked for what cannot be an id."""
@@ -83,6 +84,7 @@ def test_strange_id_while_the_store_is_down(alice: Caller, database: redis.Redis
     assert alice.raw("POST", f"/sessions/{MISSING}/heartbeat").status_code == 500
 
 
+@fake_only
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
 @pytest.mark.parametrize(
     "path",
@@ -117,12 +119,14 @@ def test_no_such_path(alice: Caller, method: str, path: str) -> None:
     assert alice.ids() == [id]
 
 
+@fake_only
 @pytest.mark.parametrize("method, path", FAILURES)
 def test_leading_slashes(alice: Caller, method: str, path: str) -> None:
     """A path that begins with more than one slash is not found, so that it gets past no rule of a proxy's."""
     assert refused(alice, method, "/" + path.format(id=alice.open())) == 404
 
 
+@fake_only
 @pytest.mark.parametrize("slashes", ["/", "//"])
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/start.js"])
 def test_leading_slashes_without_token(alice: Caller, path: str, slashes: str) -> None:
@@ -165,6 +169,7 @@ OBJECTS = {
 }
 
 
+@fake_only
 @pytest.mark.parametrize("path", ["/sessions", "/sessions/revoke-all"])
 @pytest.mark.parametrize("body, status", OBJECTS.values(), ids=OBJECTS)
 def test_bad_body(alice: Caller, database: redis.Redis, path: str, body: bytes, status: int) -> None:
@@ -176,6 +181,7 @@ def test_bad_body(alice: Caller, database: redis.Redis, path: str, body: bytes, 
     assert alice.ids() == [id]
 
 
+@fake_only
 @pytest.mark.parametrize("path", ["/sessions", "/sessions/revoke-all"])
 @pytest.mark.parametrize(
     "content_type",
@@ -198,6 +204,7 @@ def test_wrong_content_type(alice: Caller, path: str, content_type: str | None) 
     assert alice.ids() == [id]
 
 
+@fake_only
 @pytest.mark.parametrize(
     "content_type", [JSON, "application/json; charset=utf-8", "Application/JSON", None, "text/plain"]
 )
@@ -207,6 +214,7 @@ def test_no_body(alice: Caller, content_type: str | None) -> None:
     assert alice.post("/sessions/revoke-all", content_type=content_type).status_code == 200
 
 
+@fake_only
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON"])
 def test_spellings_of_the_content_type(alice: Caller, content_type: str) -> None:
     """The Content-Type may have parameters and capitals."""
@@ -217,6 +225,7 @@ STRANGE_TEXTS = ["", 5, 1.5, True, None, [], {}, ["x"], "\ud800", "x\udfff"]
 STRANGE_SECONDS = [0, -1, 1.5, "5", "", True, False, None, [], {}, 10**30, -(10**30), 1e300]
 
 
+@fake_only
 @pytest.mark.parametrize(
     "field, value",
     [(field, text) for field in ("deviceName", "location", "loginMethod") for text in STRANGE_TEXTS]
@@ -243,6 +252,7 @@ def test_bad_field(alice: Caller, database: redis.Redis, field: str, value: obje
     assert database.keys() == []
 
 
+@fake_only
 def test_idle_timeout_above_the_maximum(make_app: Callable[..., Flask], database: redis.Redis) -> None:
     """The configured maximum may be asked for, and not a second more."""
     alice = Caller(make_app(session_idle_max_seconds=7))
@@ -251,6 +261,7 @@ def test_idle_timeout_above_the_maximum(make_app: Callable[..., Flask], database
     assert alice.post("/sessions", json={"idleTimeoutSeconds": 7}).status_code == 201
 
 
+@fake_only
 def test_refused_alike_every_time(alice: Caller, clock: Clock) -> None:
     """Requests leave nothing behind in the process: the same mistake gets the same answer, with one message."""
     for _ in range(3):
@@ -258,6 +269,7 @@ def test_refused_alike_every_time(alice: Caller, clock: Clock) -> None:
         assert len(response.json["details"]["idleTimeoutSeconds"]) == 1
 
 
+@fake_only
 def test_apps_side_by_side(make_app: Callable[..., Flask]) -> None:
     """Two apps in one process keep to their own configuration each."""
     narrow, wide = Caller(make_app(session_idle_max_seconds=7)), Caller(make_app(session_idle_max_seconds=70))
@@ -265,6 +277,7 @@ def test_apps_side_by_side(make_app: Callable[..., Flask]) -> None:
     assert wide.post("/sessions", json={"idleTimeoutSeconds": 70}).status_code == 201
 
 
+@fake_only
 @pytest.mark.parametrize("field", ["startedAt", "sessionId", "except_id", "ids"])
 def test_bad_field_for_revoke_all(alice: Caller, field: str) -> None:
     """A misspelt wish to spare a session revokes none, rather than all."""
@@ -276,6 +289,7 @@ def test_bad_field_for_revoke_all(alice: Caller, field: str) -> None:
 SMALL_BODIES = [b"{}", b"{", b"x", b"\xff\x00", b'{"newExpiry": "2099-01-01T00:00:00.000Z"}', b" " * LARGEST_BODY]
 
 
+@fake_only
 @pytest.mark.parametrize("content_type", [None, JSON, "text/plain", "multipart/form-data", "nonsense"])
 @pytest.mark.parametrize("body", SMALL_BODIES, ids=lambda body: repr(body[:9]))
 def test_ignored_body(alice: Caller, body: bytes, content_type: str | None) -> None:
@@ -285,6 +299,7 @@ def test_ignored_body(alice: Caller, body: bytes, content_type: str | None) -> N
     assert alice.raw("POST", f"/sessions/{id}/revoke", data=body, content_type=content_type).status_code == 200
 
 
+@fake_only
 @pytest.mark.parametrize("size", [LARGEST_BODY + 1, LARGEST_BODY + 2, 1_000_000])
 def test_body_too_large_to_ignore(alice: Caller, size: int) -> None:
     """A heartbeat or a revoke with a body beyond the bound is refused and has no effect."""

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.servers import ROOT, required
 
 FIGURES = {
@@ -31,6 +33,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.alone
 def test_smoke() -> None:
     """A short run gives every figure, and each is more than zero."""
     required("wrk")

@@ -11,7 +11,7 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from app.schemas import LARGEST_BODY
-from tests.conftest import FAILURES, Caller
+from tests.conftest import FAILURES, Caller, fake_only
 
 RFC3339 = rb"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"
 MISSING = "A" * 32
@@ -200,9 +200,6 @@ def outage(database: redis.Redis) -> Callable[[bool], None]:
         database.connection_pool.connection_kwargs["server"].connected = not off
 
     return cut
-
-
-fake_only = pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
 
 
 @fake_only

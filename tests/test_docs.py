@@ -9,10 +9,9 @@ import pytest
 from flask import Flask
 
 from tests.browser import Browser
-from tests.conftest import SECRET, Caller, token
+from tests.conftest import SECRET, Caller, fake_only, token
 from tests.servers import RedisServer, gunicorn
 
-fake_only = pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
 LINKS = r'(?:src|href)="([^"]*)"'
 
 

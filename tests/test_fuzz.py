@@ -14,6 +14,8 @@ from app.config import LONGEST_SECONDS, Config
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn
 
+pytest_plugins = ["schemathesis.pytest.plugin"]  # setup.cfg keeps it from every other start
+
 CONFIG = SchemathesisConfig.from_dict(
     {
         "auth": {"openapi": {"bearer": {"bearer": token()}}},

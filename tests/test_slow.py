@@ -13,6 +13,7 @@ import requests
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, SlowWay, gunicorn, gunicorn_logged, log_lines
 
+pytestmark = pytest.mark.alone
 HEADERS = {"Authorization": f"Bearer {token()}"}
 MISSING = "A" * 32
 REQUESTS: list[tuple[str, str, object]] = [
