@@ -55,9 +55,11 @@ class Unreader(SocketUnreader):
     """Reads a connection. Gives way before every read but the first one of a request."""
 
     received = 0  # bytes so far
+    interrupted = False  # whether a read was given up: the reader of a body would take that for the body's end
 
     def chunk(self, size_hint=None):
         """Bytes from the socket; empty at its end. Raises TimeoutError at the deadline of the head."""
+        self.interrupted = True
         if self._reads:
             gevent.sleep(0)
         self._reads += 1
@@ -65,6 +67,7 @@ class Unreader(SocketUnreader):
             self.sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
         data = super().chunk(size_hint)
         self.received += len(data)
+        self.interrupted = False
         return data
 
     def begin_head(self):
@@ -109,7 +112,7 @@ class Request(GunicornRequest):
 
     def drain(self):
         """Read what the app has left of the body, within bounds; returns whether the connection can be used again."""
-        if self.body.failed:
+        if self.body.failed or self.unreader.interrupted:
             return False
         if isinstance(self.body.reader, LengthReader) and self.body.reader.length == 0:
             return True

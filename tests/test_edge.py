@@ -224,6 +224,16 @@ def test_large_body_that_is_not_read(port: int, path: str, status: int, rest: by
     assert time.monotonic() - began < 2
 
 
+def test_body_that_comes_too_late(port: int) -> None:
+    """What arrives after a 408 is not taken for a request, also where it begins in the middle of a chunk."""
+    with connect(port) as connection:
+        connection.sendall(OPEN_WITH_TOKEN + b"\r\n64\r\n{")
+        answer = connection.recv(65536)
+        with suppress(ConnectionError):
+            connection.sendall(GET + b"\r\n" + b"0\r\n\r\n" + GET + b"\r\n")
+        refused(answer + all_of(connection), 408)
+
+
 def test_answer_arrives(port: int) -> None:
     """A client that goes on sending for a while still gets to see why it was refused."""
     for head in (
