@@ -13,11 +13,12 @@ from werkzeug.routing import MapAdapter
 
 from app import cli, errors, metrics, operations, sessions
 from app.auth import TokenVerifier
+from app.bodies import LARGEST_BODY
 from app.config import Config
 from app.connection import OnePrimary, connect
 from app.keys import load_keys
 from app.metrics import Metrics
-from app.schemas import LARGEST_BODY, APIResponse, ContractJSON
+from app.responses import APIResponse, ContractJSON
 from app.store import SessionStore
 
 
@@ -54,7 +55,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     """The WSGI application for one configuration; `redis` stands in for the client that `config.redis_url` names."""
     app = LeanFlask(__name__, static_folder=None)
     app.config.update(
-        MAX_CONTENT_LENGTH=LARGEST_BODY + 1,  # schemas.read_body says why the one
+        MAX_CONTENT_LENGTH=LARGEST_BODY + 1,  # bodies.read_body says why the one
         # Without CORS an OPTIONS is a 405 with Allow, in JSON like the rest.
         PROVIDE_AUTOMATIC_OPTIONS=bool(config.cors_origins),
     )

@@ -12,7 +12,7 @@ from flask.cli import AppGroup
 from app import doctor, events
 from app.auth import LONGEST_SUBJECT
 from app.config import Config
-from app.schemas import rfc3339
+from app.responses import rfc3339
 from app.sessions import store
 from app.store import SessionNotFound, StoreUnavailable
 

@@ -6,7 +6,7 @@ import flask_swagger_ui  # type: ignore[import-untyped]
 from flask import Blueprint, Response, current_app, jsonify
 
 from app.errors import error, retry_after
-from app.schemas import APIResponse
+from app.responses import APIResponse
 from app.store import StoreUnavailable
 
 # OpenAPI 3.1, written by hand and served as it stands; tests/test_openapi.py holds it to the app.

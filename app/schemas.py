@@ -1,80 +1,13 @@
-"""What comes in and what goes out: JSON bodies, read and written with marshmallow."""
+"""What comes in and what goes out, as marshmallow schemas."""
 
-import functools
-import json
-from datetime import datetime, timezone
-from typing import Any, NoReturn
+from typing import Any
 
-import gevent
-from flask import Response, request
-from flask.json.provider import DefaultJSONProvider
 from marshmallow import Schema, ValidationError, fields, post_dump, validate
-from werkzeug.datastructures import Headers
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
 
-LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
-BODY_TIMEOUT = 3.0  # seconds for the whole body to arrive
+from app.responses import rfc3339
+
 MOST_IDS = 1000
 SESSION_ID = r"[A-Za-z0-9_-]{22,64}"
-
-
-# No answer is to be stored (RFC 9111 §5.2.2.5) or taken for another type than its own (OWASP ASVS 3.4.4).
-ALWAYS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-
-
-class APIResponse(Response):
-    """With the headers that every answer has; JSON, unless a mimetype is given."""
-
-    default_mimetype = "application/json"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.headers.update(ALWAYS)
-
-
-# Written out, since building it with json takes a tenth of the time that the whole heartbeat takes.
-HEARTBEAT_BODY = '{"success": true, "message": "Session updated successfully", "newExpiry": "%s"}'
-
-
-class HeartbeatResponse(APIResponse):
-    """The answer to a heartbeat, with all of its headers worked out here.
-
-    Werkzeug would look whether there is a body, how long it is and whether it may be sent, which takes a quarter of
-    the time of all the rest of Flask.
-    """
-
-    def __init__(self, expires_at_ms: int, expires_in: int) -> None:
-        body = HEARTBEAT_BODY % rfc3339(expires_at_ms)
-        head = [
-            ("Content-Type", self.default_mimetype),
-            ("Content-Length", str(len(body))),
-            *ALWAYS.items(),
-            ("Session-Expires-In", str(expires_in)),
-        ]
-        Response.__init__(self, [body.encode()], headers=Headers(head))
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        start_response(self.status, self.headers.to_wsgi_list())
-        return self.response
-
-
-class ContractJSON(DefaultJSONProvider):
-    """Bodies as the API document prints them: fields in their order, a space behind colons and commas."""
-
-    sort_keys = False
-
-    def response(self, *args: Any, **kwargs: Any) -> APIResponse:
-        return APIResponse(self.dumps(args[0] if args else kwargs))
-
-
-def rfc3339(ms: int) -> str:
-    """Milliseconds since the epoch as RFC 3339: UTC, ending in Z, with milliseconds."""
-    return f"{_to_the_second(ms // 1000)}.{ms % 1000:03d}Z"
-
-
-@functools.lru_cache(1024)  # a fleet's expiries lie in few seconds
-def _to_the_second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class Instant(fields.Field[int]):
@@ -148,53 +81,3 @@ class RevokeAllSchema(Schema):
     """Which session to spare, if any."""
 
     except_id = fields.String(data_key="exceptSessionId", validate=validate.Regexp(SESSION_ID + r"\Z"))
-
-
-def load_body(schema: Schema) -> dict[str, Any]:
-    """The request's JSON body, validated; an empty body is an empty object.
-
-    Raises what `read_body` raises, BadRequest where it is no JSON, UnsupportedMediaType where it does not say that
-    it is, and marshmallow's ValidationError.
-    """
-    body = read_body()
-    if body and not request.is_json:
-        raise UnsupportedMediaType
-    try:
-        parsed = json.loads(body or "{}", parse_constant=_no_number)
-    # ValueError: no JSON or no UTF-8. RecursionError: nested deeper than Python's stack.
-    except (ValueError, RecursionError):
-        raise BadRequest from None
-    return schema.load(parsed)  # type: ignore[no-any-return]
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are Python's, not JSON's (RFC 8259 §6)
-
-
-def read_body() -> bytes:
-    """The request's body, in bounded time and size.
-
-    Raises RequestEntityTooLarge, RequestTimeout, or BadRequest where it breaks off.
-    """
-    try:
-        with gevent.Timeout(BODY_TIMEOUT, RequestTimeout):
-            body = request.get_data(cache=False)
-    except HTTPException:
-        raise
-    # Every server has exceptions of its own for a broken chunk.
-    except Exception:
-        raise BadRequest from None
-    # Servers that end the input themselves make a body that broke off look complete.
-    if len(body) < (request.content_length or 0):
-        raise BadRequest
-    # Werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH, which is one byte more than we take.
-    if len(body) > LARGEST_BODY:
-        raise RequestEntityTooLarge
-    return body
-
-
-def ignore_body() -> None:
-    """Read a body that nobody asked for and drop it, under the bounds of `read_body`."""
-    environ = request.environ
-    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
-        read_body()

@@ -8,17 +8,15 @@ from flask import Blueprint, Response, current_app, g, request, url_for
 from werkzeug.routing import BaseConverter
 
 from app.auth import requires_token
+from app.bodies import drain_body, load_body
 from app.events import emit
+from app.responses import HeartbeatResponse, rfc3339
 from app.schemas import (
     SESSION_ID,
     HeartbeatManySchema,
-    HeartbeatResponse,
     OpenSchema,
     RevokeAllSchema,
     SessionSchema,
-    ignore_body,
-    load_body,
-    rfc3339,
 )
 from app.store import Renewal, SessionStore, StoreUnavailable
 
@@ -43,7 +41,7 @@ def heartbeat(id: str) -> Response:
     Update session activity and extend the session expiry time. Typically called periodically to keep the session alive.
     A body is ignored.
     """
-    ignore_body()
+    drain_body()
     renewal = store().heartbeat(g.subject, id)
     return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
@@ -109,7 +107,7 @@ def revoke(id: str) -> dict[str, Any]:
 
     No heartbeat brings it back. A body is ignored.
     """
-    ignore_body()
+    drain_body()
     store().revoke(g.subject, id)
     current_app.extensions["metrics"].revoked.inc()
     emit("session_revoked", session=id)

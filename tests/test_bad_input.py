@@ -6,7 +6,7 @@ import pytest
 import redis
 from flask import Flask
 
-from app.schemas import LARGEST_BODY
+from app.bodies import LARGEST_BODY
 from tests.conftest import FAILURES, Caller, Clock, answer, fake_only
 
 MISSING = "A" * 32

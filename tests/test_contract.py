@@ -10,7 +10,7 @@ import redis
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from app.schemas import LARGEST_BODY
+from app.bodies import LARGEST_BODY
 from tests.conftest import FAILURES, Caller, fake_only
 
 RFC3339 = rb"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"

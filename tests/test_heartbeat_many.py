@@ -13,7 +13,8 @@ import redis
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from app.schemas import LARGEST_BODY, rfc3339
+from app.bodies import LARGEST_BODY
+from app.responses import rfc3339
 from app.store import session_key
 from tests.conftest import Caller, Clock, token
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.schemas import LARGEST_BODY
+from app.bodies import LARGEST_BODY
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn_process
 

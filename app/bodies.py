@@ -1,0 +1,65 @@
+"""Reading the body of a request, in bounded time and size."""
+
+import json
+from typing import Any, NoReturn
+
+from flask import request
+from marshmallow import Schema
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout, UnsupportedMediaType
+
+from app.deadline import deadline
+
+LARGEST_BODY = 96 * 1024  # bytes: a thousand ids of 64 characters, with room for white space
+BODY_TIMEOUT = 3.0  # seconds for the whole body to arrive
+
+
+def load_body(schema: Schema) -> dict[str, Any]:
+    """The request's JSON body, validated; an empty body is an empty object.
+
+    Raises what `read_body` raises, BadRequest where it is no JSON, UnsupportedMediaType where it does not say that
+    it is, and marshmallow's ValidationError.
+    """
+    body = read_body()
+    if body and not request.is_json:
+        raise UnsupportedMediaType
+    try:
+        parsed = json.loads(body or "{}", parse_constant=_no_number)
+    # ValueError: no JSON or no UTF-8. RecursionError: nested deeper than Python's stack.
+    except (ValueError, RecursionError):
+        raise BadRequest from None
+    return schema.load(parsed)  # type: ignore[no-any-return]
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are Python's, not JSON's (RFC 8259 §6)
+
+
+def read_body() -> bytes:
+    """The request's body, in bounded time and size.
+
+    Raises RequestEntityTooLarge, RequestTimeout, or BadRequest where it breaks off.
+    """
+    try:
+        with deadline(BODY_TIMEOUT):
+            body = request.get_data(cache=False)
+    except TimeoutError:
+        raise RequestTimeout from None
+    except HTTPException:
+        raise
+    # Every server has exceptions of its own for a broken chunk.
+    except Exception:
+        raise BadRequest from None
+    # Servers that end the input themselves make a body that broke off look complete.
+    if len(body) < (request.content_length or 0):
+        raise BadRequest
+    # Werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH, which is one byte more than we take.
+    if len(body) > LARGEST_BODY:
+        raise RequestEntityTooLarge
+    return body
+
+
+def drain_body() -> None:
+    """Read a body that nobody asked for and drop it, under the bounds of `read_body`."""
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
+        read_body()

@@ -1,0 +1,27 @@
+"""Giving up after so long; the only importer of gevent in the app."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gevent
+from gevent.monkey import is_module_patched
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer, whatever it waits for.
+
+    Only under gevent, as in every worker; elsewhere the sockets' own timeouts have to do. What the block waits for is
+    interrupted by an exception that no library takes for one of its own, and that no `except Exception` catches.
+    """
+    if not is_module_patched("socket"):
+        yield
+        return
+    timeout = gevent.Timeout(seconds)
+    try:
+        with timeout:
+            yield
+    except gevent.Timeout as late:
+        if late is not timeout:
+            raise
+        raise TimeoutError(f"not within {seconds:g} s") from None
