@@ -147,6 +147,8 @@ def connect(config: Config) -> Servers:
         "max_connections": POOL_SIZE,
         "timeout": config.redis_timeout_seconds / 2,
         "decode_responses": True,
+        # What is no UTF-8 must not fail the replies beside it: it becomes lone surrogates, which no text of ours has.
+        "encoding_errors": "surrogateescape",
     }
     credentials = {"username": unquote(url.username or "") or None, "password": unquote(url.password or "") or None}
     if url.scheme == "redis+sentinel":

@@ -19,6 +19,8 @@ from app.connection import Servers
 
 log = logging.getLogger(__name__)
 
+CHUNK = 50  # commands or sessions that are worked on before a worker's other requests have their turn
+
 # A call of a script: its keys, then its arguments.
 Call = tuple[Sequence[str], Sequence[str | int]]
 Command = tuple[str | int, ...]
@@ -96,15 +98,15 @@ class Scripts:
     def run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> list[Any]:
         """Run a script for each call, in one round trip; `durably` where it must not be lost in a failover.
 
-        Raises RedisError or OSError where any fails or the replicas do not confirm in time; it may then have taken
-        effect.
+        A reply is an error where `about_a_record` says so. Raises RedisError or OSError where any fails otherwise or
+        the replicas do not confirm in time; it may then have taken effect.
         """
         if not calls:
             return []
         confirmation = self._confirmation(script, calls) if durably and self._replicas else None
         replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
         for reply in replies:
-            if isinstance(reply, Exception):
+            if isinstance(reply, Exception) and not about_a_record(reply):
                 raise reply
         if confirmation:
             confirmed = confirmation.given(*replies[len(calls) :])
@@ -150,7 +152,8 @@ class Scripts:
             raise
         finally:
             self._observe(script.name, len(calls), time.perf_counter() - began)
-        self._notice(script.name, client, next((reply for reply in replies if isinstance(reply, Exception)), None))
+        errors = (reply for reply in replies if isinstance(reply, Exception) and not about_a_record(reply))
+        self._notice(script.name, client, next(errors, None))
         return replies
 
     def _try_each(
@@ -213,8 +216,19 @@ def _send(client: redis.Redis, commands: Sequence[Command], *, again: bool) -> l
 
 
 def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    connection.send_packed_command(connection.pack_commands(commands))
-    return [_reply(connection) for _ in commands]
+    replies = []
+    try:
+        for first in range(0, len(commands), CHUNK):
+            connection.send_packed_command(connection.pack_commands(commands[first : first + CHUNK]))
+            time.sleep(0)  # gives way to the worker's other requests
+        for number in range(1, len(commands) + 1):
+            replies.append(_reply(connection))
+            if number % CHUNK == 0:
+                time.sleep(0)
+    except BaseException:  # the replies that have not been read are not to be taken for another caller's
+        connection.disconnect()
+        raise
+    return replies
 
 
 def _reply(connection: Any) -> Any:
@@ -242,6 +256,11 @@ def within(seconds: float) -> Iterator[None]:
         if late is not timeout:
             raise
         raise redis.TimeoutError(f"no answer within {seconds:g} s") from None
+
+
+def about_a_record(error: Exception) -> bool:
+    """Whether an error says that a key holds something else than it should, and nothing of the server."""
+    return isinstance(error, ResponseError) and str(error).startswith(("WRONGTYPE ", "UNREADABLE "))
 
 
 def described(error: Exception) -> str:

@@ -1,7 +1,10 @@
 """The session store: Redis keys whose TTL is the session's life. Knows nothing of HTTP."""
 
 import functools
+import logging
+import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,12 +13,15 @@ from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 import redis
+from cachetools import LRUCache
 from redis.exceptions import RedisError
 
 from app.config import Config
 from app.connection import Servers
 from app.group_commit import Abandoned, GroupCommit
-from app.scripts import Call, Observe, Script, Scripts, described, within
+from app.scripts import CHUNK, Call, Observe, Script, Scripts, about_a_record, described, within
+
+log = logging.getLogger(__name__)
 
 
 class SessionNotFound(Exception):
@@ -28,6 +34,10 @@ class TooManySessions(Exception):
 
 class StoreUnavailable(Exception):
     """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
+
+
+class Unreadable(StoreUnavailable):
+    """A session's record, or a subject's index, is not what this service has written. It can still be revoked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,7 @@ class Renewal(NamedTuple):
 OPEN, GET, INDEX, HEARTBEAT = map(Script, ("open", "get", "index", "heartbeat"))
 REVOKE = Script("revoke", repeatable=False)
 PING_SECONDS = 1.5
+LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that RFC 3339 can write
 
 
 class SessionStore:
@@ -70,6 +81,7 @@ class SessionStore:
         self._scripts = Scripts(servers, config, observe)
         # One for each server, so that one which hangs holds up nobody else.
         self._heartbeats: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
+        self._logged: LRUCache[str, bool] = LRUCache(1000)
 
     def open(
         self,
@@ -100,42 +112,61 @@ class SessionStore:
             with suppress(StoreUnavailable):
                 self._run(REVOKE, [_revocation(subject, id)])
             raise
+        if isinstance(reply, Exception):
+            raise self._unreadable(subject, None, reply)
         if reply is None:
             raise TooManySessions
-        return _session(id, reply)
+        return self._session(subject, id, reply)
 
     def get(self, subject: str, id: str) -> Session:
-        """Read a session without extending it. Raises SessionNotFound."""
+        """Read a session without extending it. Raises SessionNotFound and Unreadable."""
         [reply] = self._run(GET, [([session_key(subject, id)], [])])
         if reply is None:
             raise SessionNotFound
-        return _session(id, reply)
+        return self._session(subject, id, reply)
 
     def list(self, subject: str) -> Sequence[Session]:
-        """The subject's live sessions, the most recently active first."""
-        ids = self._indexed(subject)
-        replies = self._run(GET, [([session_key(subject, id)], []) for id in ids])
+        """The subject's live sessions, the most recently active first, without those that cannot be read."""
+        ids, prefix = self._indexed(subject), session_key(subject, "")
+        replies = self._run(GET, [([prefix + id], []) for id in ids])
         # Tidies the index. What is dead stays dead, so nobody can be in the way; where it fails the next list does it.
         dead = [id for id, reply in zip(ids, replies) if reply is None]
         with suppress(StoreUnavailable):
             self._run(REVOKE, [_revocation(subject, id) for id in dead])
-        live = [_session(id, reply) for id, reply in zip(ids, replies) if reply is not None]
+        live = []
+        for number, (id, reply) in enumerate(zip(ids, replies)):
+            if reply is not None:
+                with suppress(Unreadable):
+                    live.append(self._session(subject, id, reply))
+            if number % CHUNK == 0:
+                time.sleep(0)
         return sorted(live, key=lambda session: session.last_activity_ms, reverse=True)
 
     def heartbeat(self, subject: str, id: str) -> Renewal:
-        """Extend a session by its idle timeout, up to its absolute end. Raises SessionNotFound; never creates."""
+        """Extend a session by its idle timeout, up to its absolute end; never creates one, never shortens one.
+
+        Raises SessionNotFound and Unreadable.
+        """
         key = session_key(subject, id)
         try:
             reply = self._batches(key).submit(((key,), ()))
         except (RedisError, OSError, Abandoned) as error:
+            if about_a_record(error):
+                raise self._unreadable(subject, id, error) from error
             raise StoreUnavailable(described(error)) from error
         if reply is None:
             raise SessionNotFound
         return Renewal(*reply)
 
     def heartbeat_many(self, subject: str, ids: Sequence[str]) -> Sequence[Renewal | None]:
-        """Extend many sessions in one round trip; None stands for each that is not there."""
+        """Extend many sessions in one round trip; None stands for each that is not there.
+
+        Raises Unreadable where that is true of any; the others are extended all the same.
+        """
         replies = self._run(HEARTBEAT, [((session_key(subject, id),), ()) for id in ids])
+        bad = [self._unreadable(subject, id, reply) for id, reply in zip(ids, replies) if isinstance(reply, Exception)]
+        if bad:
+            raise bad[0]
         return [Renewal(*reply) if reply is not None else None for reply in replies]
 
     def revoke(self, subject: str, id: str) -> None:
@@ -154,16 +185,39 @@ class SessionStore:
             *others, last = self._servers.clients()
             for client in others:
                 with suppress(RedisError, OSError), within(PING_SECONDS / (len(others) + 1)):
-                    client.ping()
-                    return
-            last.ping()
+                    if client.ping():
+                        return
+            if not last.ping():
+                raise redis.ResponseError("whatever answers there is no Redis")
 
     def _run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> Sequence[Any]:
         with unavailable():
             return self._scripts.run(script, calls, durably=durably)
 
     def _indexed(self, subject: str) -> Sequence[str]:
-        return self._run(INDEX, [([index_key(subject)], [])])[0]  # type: ignore[no-any-return]
+        [ids] = self._run(INDEX, [([index_key(subject)], [])])
+        if isinstance(ids, Exception):
+            raise self._unreadable(subject, None, ids)
+        return [id for id in ids if id.isascii()]  # others are none of ours, and may be no UTF-8
+
+    def _session(self, subject: str, id: str, reply: Any) -> Session:
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            return _parsed(id, *reply)
+        except (RedisError, ValueError) as error:
+            raise self._unreadable(subject, id, error) from error
+
+    def _unreadable(self, subject: str, id: str | None, error: Exception) -> Unreadable:
+        """The condition to raise for a session, or for the index where `id` is None; each is logged once."""
+        key = index_key(subject) if id is None else session_key(subject, id)
+        if key not in self._logged:
+            self._logged[key] = True
+            known = {"subject": subject, "session": id}
+            hashes = {name: self._config.pseudonym(value) for name, value in known.items() if value is not None}
+            what = "index_unreadable" if id is None else "session_unreadable"
+            log.error(what, extra={**hashes, "reason": str(error)})
+        return Unreadable(described(error))
 
     def _batches(self, key: str) -> GroupCommit:
         client = self._scripts.client_for(HEARTBEAT, key)
@@ -200,16 +254,25 @@ def _revocation(subject: str, id: str) -> Call:
     return [session_key(subject, id), index_key(subject)], [id]
 
 
-def _session(id: str, reply: Sequence[Any]) -> Session:
-    flat, expires_at_ms = reply
+def _parsed(id: str, flat: Sequence[str], expires_at_ms: int) -> Session:
+    """Raises ValueError where a field is missing or odd."""
     fields = dict(zip(flat[::2], flat[1::2]))
+    "".join((id, *flat)).encode()  # fails where there are lone surrogates, which stand for what is no UTF-8
+    if "login" not in fields:
+        raise ValueError("no login method")
     return Session(
         id=id,
-        started_at_ms=int(fields["started"]),
-        last_activity_ms=int(fields["active"]),
-        expires_at_ms=expires_at_ms,
+        started_at_ms=_instant("started", fields.get("started")),
+        last_activity_ms=_instant("active", fields.get("active")),
+        expires_at_ms=_instant("expiry", str(expires_at_ms)),
         login_method=fields["login"],
         device_name=fields.get("device"),
         ip_address=fields.get("ip"),
         location=fields.get("location"),
     )
+
+
+def _instant(name: str, text: str | None) -> int:
+    if text is None or not re.fullmatch("[0-9]{1,15}", text) or int(text) > LATEST_MS:
+        raise ValueError(f"{name} is no instant")
+    return int(text)

@@ -2,9 +2,12 @@
 
 import re
 import signal
+import socketserver
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ each_endpoint = pytest.mark.parametrize("method, path", FAILURES)
 @pytest.fixture
 def server(folder: Path) -> Iterator[RedisServer]:
     """A Redis to be hurt, which remembers over a restart what it was told."""
-    with RedisServer(folder, *PERSISTENT) as server:
+    with RedisServer(folder, *PERSISTENT, "--enable-protected-configs", "yes") as server:
         yield server
 
 
@@ -168,7 +171,19 @@ def with_another_password(client: redis.Redis) -> None:
     client.client_kill_filter(_type="normal", skipme=True)
 
 
+def without_disk(client: redis.Redis) -> None:
+    """The last snapshot has failed, after which Redis takes no writes: MISCONF."""
+    gone = Path(client.config_get("dir")["dir"]) / "gone"
+    gone.mkdir()
+    client.config_set("dir", str(gone))
+    gone.rmdir()
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+
+
 def heal(client: redis.Redis) -> None:
+    client.config_set("stop-writes-on-bgsave-error", "no")
     client.replicaof("NO", "ONE")
     client.config_set("min-replicas-to-write", 0)
     client.execute_command("ACL SETUSER", "default", "+@all", "nopass")
@@ -176,7 +191,7 @@ def heal(client: redis.Redis) -> None:
 
 @each_endpoint
 @pytest.mark.parametrize(
-    "hurt", [read_only, without_master, without_replicas, without_permission, with_another_password]
+    "hurt", [read_only, without_master, without_replicas, without_permission, with_another_password, without_disk]
 )
 def test_refuses(
     alice: Caller, server: RedisServer, id: str, hurt: Callable[[redis.Redis], None], method: str, path: str
@@ -187,6 +202,101 @@ def test_refuses(
     heal(server.client)
     assert alice.heartbeat(id).status_code == 200
     assert alice.ids() == [id]
+
+
+USED = (
+    "hmget",
+    "hdel",
+    "exists",
+    "time",
+    "pexpireat",
+    "hset",
+    "pexpiretime",
+    "hgetall",
+    "zrem",
+    "zrange",
+    "del",
+    "zadd",
+)
+
+
+@each_endpoint
+@pytest.mark.parametrize("command", USED)
+def test_without_one_right(alice: Caller, server: RedisServer, id: str, command: str, method: str, path: str) -> None:
+    """Whichever command a user may not use, a live session is not called gone, and lives on unless it was revoked."""
+    server.client.execute_command("ACL SETUSER", "default", f"-{command}")
+    status = alice.raw(method, path.format(id=id)).status_code
+    assert status in (200, 201, 500)
+    heal(server.client)
+    revoked = status == 200 and "revoke" in path
+    assert alice.heartbeat(id).status_code == (404 if revoked else 200)
+
+
+@each_endpoint
+@pytest.mark.parametrize("hurt", [without_replicas, without_disk])
+def test_unknown(
+    alice: Caller, server: RedisServer, hurt: Callable[[redis.Redis], None], method: str, path: str
+) -> None:
+    """A Redis that takes no writes is not believed that a session is over."""
+    hurt(server.client)
+    assert_fails(alice, method, path.format(id=MISSING))
+
+
+@each_endpoint
+def test_full(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
+    """In a full Redis a live session is not called gone."""
+    server.client.config_set("maxmemory", 1)
+    assert alice.raw(method, path.format(id=id)).status_code == (
+        500 if (method, path) == ("POST", "/sessions") else 200
+    )
+
+
+class Answering:
+    """Something on a port that gives the same answer to whatever it is sent."""
+
+    def __init__(self, answer: bytes) -> None:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                while self.request.recv(65536):
+                    self.request.sendall(answer)
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"redis://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "Answering":
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def caller_of(url: str) -> Iterator[Caller]:
+    config = Config(redis_url=url, jwt_secret=(SECRET,))
+    client = connect(config).clients()[0]
+    yield Caller(create_app(config, redis=client))
+    client.connection_pool.disconnect()
+
+
+@each_endpoint
+@pytest.mark.parametrize("code", ["READONLY", "OOM", "MISCONF", "NOPERM", "TRYAGAIN", "BUSY", "CLUSTERDOWN"])
+def test_codes(code: str, method: str, path: str) -> None:
+    """Whatever Redis refuses with is an error and never the end of a session."""
+    with Answering(f"-{code} no\r\n".encode()) as server, caller_of(server.url) as alice:
+        assert_fails(alice, method, path.format(id=MISSING))
+
+
+@pytest.mark.parametrize(
+    "answer", [b"+\xff\xfe\r\n", b"$2\r\n\xff\xfe\r\n", b"-\xff\r\n", b"HTTP/1.1 400 \xff\r\n\r\n"]
+)
+def test_no_redis(answer: bytes) -> None:
+    """Something that is no Redis makes the service not ready, and never fails it."""
+    with Answering(answer) as server, caller_of(server.url) as alice:
+        response = alice.get("/readyz")
+        assert (response.status_code, response.json["status"]) == (503, "unavailable")
 
 
 @each_endpoint

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 import redis
+import requests
 from flask import Flask
 
 from app import create_app
 from app.config import Config
 from app.connection import connect
-from app.store import index_key, session_key
-from tests.conftest import FAILURES, Caller, immortal
-from tests.servers import RedisServer
+from app.store import SessionStore, index_key, session_key
+from tests.conftest import FAILURES, SECRET, Caller, immortal, token
+from tests.servers import RedisServer, gunicorn
 
 pytestmark = pytest.mark.parametrize("backend", ["redis"], indirect=True)
+
+
+def headers(subject: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(subject)}"}
 
 
 @pytest.fixture
@@ -216,3 +221,86 @@ def test_full_open(full: tuple[RedisServer, Caller, list[str]]) -> None:
     assert (refused.status_code, refused.data) == (500, b'{"success": false, "error": "Failed to open session"}')
     assert (set(server.client.keys()), server.client.zrange(index_key("alice"), 0, -1)) == (keys, index)
     assert sorted(alice.ids()) == sorted(ids)
+
+
+OPENS = ("hgetall", "zcard", "zrange", "exists", "time", "zadd", "pexpireat", "zrem", "hset")
+
+
+@pytest.fixture
+def own(config: Config, folder: Path) -> Iterator[tuple[redis.Redis, Caller]]:
+    """A Redis whose users can be changed, and a caller."""
+    with RedisServer(folder) as server:
+        settings = {"redis_url": server.url, "session_idle_seconds": 60, "session_absolute_seconds": 120}
+        client = connect(replace(config, session_limit=2, **settings)).clients()[0]
+        yield server.client, Caller(create_app(replace(config, session_limit=2, **settings), redis=client))
+        client.connection_pool.disconnect()
+
+
+@pytest.mark.parametrize("command", OPENS)
+@pytest.mark.parametrize("at_the_limit", [False, True])
+def test_open_leaves_nothing(own: tuple[redis.Redis, Caller], command: str, at_the_limit: bool) -> None:
+    """An open that Redis refuses in any of its steps leaves nothing behind, though it cannot be taken back either."""
+    database, alice = own
+    live = []
+    if at_the_limit:
+        live, dead = [alice.open()], alice.open()
+        database.delete(session_key("alice", dead))
+    index, keys = index_key("alice"), set(database.keys())
+    before = database.pexpiretime(index)
+    database.execute_command("ACL SETUSER", "default", "-del", f"-{command}")
+    status = alice.post("/sessions").status_code
+    database.execute_command("ACL SETUSER", "default", "+@all")
+    if status == 201:  # a step that is only needed at the limit
+        assert command in ("exists", "zrem") and not at_the_limit
+        return
+    assert status == 500
+    assert set(database.keys()) == keys
+    assert database.pexpiretime(index) == before
+    assert alice.ids() == live
+
+
+def test_open_without_the_right_to_the_index(own: tuple[redis.Redis, Caller]) -> None:
+    """An open by a user who may not touch the index leaves nothing behind."""
+    database, alice = own
+    database.execute_command("ACL SETUSER", "default", "resetkeys", "~session:*")
+    assert alice.post("/sessions").status_code == 500
+    database.execute_command("ACL SETUSER", "default", "allkeys")
+    assert database.keys() == []
+
+
+@pytest.mark.usefixtures("backend")
+def test_long_list(redis_server: RedisServer) -> None:
+    """While several callers list a thousand sessions each, all within 2 s, another one's heartbeats go on."""
+    config = Config(redis_url=redis_server.url, jwt_secret=(SECRET,), session_limit=1000)
+    servers = connect(config)
+    store, beats = SessionStore(config, servers), []
+    for _ in range(1000):
+        store.open("long", login_method="token", device_name="Pixel 9 Pro", ip_address="203.0.113.195")
+    id = store.open("short", login_method="token").id
+    servers.clients()[0].connection_pool.disconnect()
+    with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}) as address, requests.Session() as http:
+
+        def listed() -> float:
+            began = time.monotonic()
+            answer = requests.get(f"{address}/sessions", headers=headers("long"), timeout=10)
+            assert answer.status_code == 200 and len(answer.json()["sessions"]) == 1000
+            return time.monotonic() - began
+
+        def beat() -> None:
+            began = time.monotonic()
+            answer = http.post(f"{address}/sessions/{id}/heartbeat", headers=headers("short"), timeout=10)
+            assert answer.status_code == 200
+            beats.append(time.monotonic() - began)
+
+        beat()
+        beats.clear()  # the first one waits for the worker to start
+        with ThreadPoolExecutor(6) as pool:
+            lists = [pool.submit(listed) for _ in range(6)]
+            while not all(each.done() for each in lists):
+                beat()
+        slowest = max(each.result() for each in lists)
+    print(
+        f"\nsix lists of 1,000: slowest {slowest:.2f} s; another caller's slowest heartbeat {max(beats) * 1000:.0f} ms"
+    )
+    assert slowest < 2
+    assert max(beats) < 0.5

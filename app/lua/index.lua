@@ -5,6 +5,6 @@
 -- Returns  a list of ids
 
 local index = KEYS[1]
--- A write that changes nothing: a replica refuses it, since it cannot know what has been opened or revoked.
+-- No-op write, so that a replica answers READONLY: it cannot know what has been opened or revoked.
 redis.call("ZREM", index, "")
 return redis.call("ZRANGE", index, 0, -1)

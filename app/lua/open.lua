@@ -17,8 +17,9 @@ local id, prefix, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local idle_timeout, absolute_timeout = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 -- The same id comes twice only when the answer to the first call was lost on the way.
-if redis.call("EXISTS", session) == 1 then
-  return { redis.call("HGETALL", session), redis.call("PEXPIRETIME", session) }
+local fields = redis.call("HGETALL", session)
+if #fields > 0 then
+  return { fields, redis.call("PEXPIRETIME", session) }
 end
 
 -- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
@@ -40,13 +41,17 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local absolute_end = now + absolute_timeout
 local expiry = math.min(now + idle_timeout, absolute_end)
 
--- The writes come last and HSET first: in a full Redis it is refused before anything has changed.
-redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 6))
+-- No-op writes: what would be refused below, half-way, is refused here, before anything has changed. ZADD comes first,
+-- since a full Redis looks only at a script's first write.
+redis.call("ZADD", index, "XX", absolute_end, id)
 redis.call("PEXPIREAT", session, expiry)
+
 for _, member in ipairs(dead) do
   redis.call("ZREM", index, member)
 end
+local latest = tonumber(redis.call("ZRANGE", index, -1, -1, "WITHSCORES")[2] or 0)
+redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 6))
+redis.call("PEXPIREAT", session, expiry)
 redis.call("ZADD", index, absolute_end, id)
-local latest = redis.call("ZRANGE", index, -1, -1, "WITHSCORES")
-redis.call("PEXPIREAT", index, latest[2])
+redis.call("PEXPIREAT", index, math.max(latest, absolute_end))
 return { redis.call("HGETALL", session), expiry }

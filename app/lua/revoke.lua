@@ -7,9 +7,11 @@
 
 local session, index = KEYS[1], KEYS[2]
 local id = ARGV[1]
-redis.call("ZREM", index, id)
-local latest = redis.call("ZRANGE", index, -1, -1, "WITHSCORES")
+local ended = redis.call("DEL", session)
+-- The index is only a hint: what is wrong with it must not keep a session alive.
+redis.pcall("ZREM", index, id)
+local latest = redis.pcall("ZRANGE", index, -1, -1, "WITHSCORES")
 if latest[2] then
-  redis.call("PEXPIREAT", index, latest[2])
+  redis.pcall("PEXPIREAT", index, latest[2])
 end
-return redis.call("DEL", session)
+return ended
