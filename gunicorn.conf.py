@@ -1,6 +1,8 @@
 """How gunicorn serves the app. PORT is its own: it listens on 0.0.0.0:$PORT, or on 127.0.0.1:8000 without one."""
 
 import contextlib
+import fcntl
+import glob
 import os
 import resource
 import shutil
@@ -12,6 +14,9 @@ import tempfile
 import gevent
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
+METRICS_PREFIX = "session-heartbeat-metrics-"  # of our folders' names
+METRICS_ROOM = 1 << 20  # bytes for each worker, of which a fifth is taken at the start
+SHARED_MEMORY = "/dev/shm"
 READ_SECONDS = 20  # in which a client takes in what it is sent, or something of it
 
 # A connection is a file, and the soft limit is often 1024.
@@ -37,6 +42,9 @@ keepalive = 75 if os.environ.get("TRUSTED_PROXIES", "0").strip() not in ("", "0"
 timeout = 30
 # A PaaS kills what has not stopped after 30 seconds, and where connections are idle gunicorn takes all of this time.
 graceful_timeout = 10
+
+# For the files that tell whether a worker is alive. Memory also where nothing else can be written to.
+worker_tmp_dir = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
 
 # A socket in the home folder through which the server could be steered.
 control_socket_disable = True
@@ -72,6 +80,9 @@ def on_starting(server):
 
     In a process of its own: what the app imports must not be there before gevent has patched the worker.
     """
+    if not worker_tmp_dir and not folders():
+        server.log.error("No folder can be written to, and gunicorn needs one: neither %s nor TMPDIR", SHARED_MEMORY)
+        sys.exit(1)
     module = server.app.app_uri.partition(":")[0]
     environ = {name: value for name, value in os.environ.items() if name != METRICS}  # it counts nothing
     looked = subprocess.run([sys.executable, "-m", module], env=environ, stdout=subprocess.PIPE, text=True)
@@ -83,15 +94,59 @@ def on_starting(server):
 
 def when_ready(server):
     """Make ready what all workers share, before the first of them starts."""
-    # Where their counters are added up. They begin at zero, which Prometheus knows how to take. Always a folder of our
-    # own: one that is given might be in use by others, or hold what we have counted before.
-    server.metrics_folder = os.environ[METRICS] = tempfile.mkdtemp(prefix="metrics-")
+    make_metrics_folder(server)
     # Those who do not read their answers are cut: a connection of theirs would last for ever.
     for listener in server.LISTENERS:
         if listener.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
 
 
+def folders():
+    """Where files can be made: in memory first."""
+    found = [worker_tmp_dir] if worker_tmp_dir else []
+    with contextlib.suppress(OSError):  # on a read-only root file system there may be none
+        found.append(tempfile.gettempdir())
+    return found
+
+
+def make_metrics_folder(server):
+    """Make the folder where the workers' counters are added up. They begin at zero, which Prometheus knows how to take.
+
+    Always one of our own: one that is given might be in use by others, or hold what we have counted before.
+    """
+    os.environ.pop(METRICS, None)
+    server.metrics_folder = None
+    for parent in folders():
+        remove_dead_folders(parent)
+    for parent in folders():
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(parent).free >= METRICS_ROOM * server.cfg.workers:
+                # Under its name only when it is locked: until then it would look like one that was left behind.
+                unnamed = tempfile.mkdtemp(prefix="new-", dir=parent)
+                fcntl.flock(os.open(unnamed, os.O_RDONLY), fcntl.LOCK_EX)
+                open(os.path.join(unnamed, "slots"), "x").close()
+                folder = os.path.join(parent, METRICS_PREFIX + os.path.basename(unnamed).removeprefix("new-"))
+                os.rename(unnamed, folder)
+                server.metrics_folder = os.environ[METRICS] = folder
+                return
+    where = " or ".join(folders())
+    server.log.warning(
+        "No room for metrics in %s: each worker counts for itself, and /metrics is of one of them", where
+    )
+
+
+def remove_dead_folders(parent):
+    """Remove our folders that killed masters have left behind: the living hold a lock on theirs."""
+    for folder in glob.glob(os.path.join(glob.escape(parent), METRICS_PREFIX + "*")):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, lock)
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+
+
 def on_exit(server):
     """Leave nothing behind."""
-    shutil.rmtree(server.metrics_folder, ignore_errors=True)
+    if server.metrics_folder:
+        shutil.rmtree(server.metrics_folder, ignore_errors=True)

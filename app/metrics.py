@@ -1,12 +1,11 @@
 """What Prometheus asks for: counted in every worker, added up by whichever answers."""
 
-import os
 from hmac import compare_digest
 
 from flask import Blueprint, Request, Response, current_app, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 
+from app import metric_files
 from app.auth import TokenInvalid, bearer_token
 
 bp = Blueprint("metrics", __name__)
@@ -20,6 +19,7 @@ class Metrics:
     """The metrics of one app. Labels have few values: route rules, never paths, and reasons, never names."""
 
     def __init__(self) -> None:
+        metric_files.share_values()
         self.registry = registry = CollectorRegistry()
         self._requests = Histogram(
             "http_request_duration_seconds",
@@ -77,15 +77,12 @@ class Metrics:
 
 @bp.get("/metrics")
 def metrics() -> Response:
-    """Metrics for Prometheus, of all workers."""
+    """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
     config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
     if config.metrics_token and not compare_digest(
         bearer_token(request.environ).encode(), config.metrics_token.encode()
     ):
         raise TokenInvalid("The token is not valid here")
     counted.keys_fetched.set(current_app.extensions["keys"].fetched_at)
-    registry = counted.registry
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry = metric_files.of_all_workers() or counted.registry
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})

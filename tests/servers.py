@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -153,9 +153,11 @@ def log_lines(file: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def gunicorn_logged(environ: dict[str, str], file: Path, workers: int = 1) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The service with its stdout in a file; gives the process and the port."""
-    with file.open("wb") as stdout, gunicorn_process(environ, workers, stdout=stdout) as started:
+def gunicorn_logged(
+    environ: dict[str, str], file: Path, workers: int = 1, **options: object
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The service with its stdout in a file; gives the process and the port. The options are `gunicorn_process`'s."""
+    with file.open("wb") as stdout, gunicorn_process(environ, workers, stdout=stdout, **options) as started:
         yield started
 
 
@@ -168,12 +170,15 @@ def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
 
 @contextlib.contextmanager
 def gunicorn_process(
-    environ: dict[str, str], workers: int = 1, **options: object
+    environ: dict[str, str], workers: int = 1, within: Sequence[str] = (), **options: object
 ) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The same; gives the process and the port. The options are Popen's."""
+    """The same; gives the process and the port. `within` is a command that becomes the one behind it.
+
+    The other options are Popen's.
+    """
     port = free_port()
     env = {"PATH": os.environ["PATH"], "PORT": str(port), "WEB_CONCURRENCY": str(workers), **environ}
-    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--log-level", "warning"]
+    command = [*within, sys.executable, "-m", "gunicorn", "wsgi:app", "--log-level", "warning"]
     with running(command, cwd=ROOT, env=env, **options) as process:
 
         def listening() -> bool:

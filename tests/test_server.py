@@ -3,13 +3,11 @@
 import http.client
 import json
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from pathlib import Path
 
 import pytest
 
@@ -255,28 +253,6 @@ def test_script_name(connection: http.client.HTTPConnection, id: str) -> None:
         response = connection.getresponse()
         assert (response.status, response.headers["Content-Type"]) == (status, "application/json")
         response.read()
-
-
-def test_metrics_folder(redis_server: RedisServer, folder: Path) -> None:
-    """Counters are kept in a folder of the service's own, which is gone at the end; no other one is touched."""
-    foreign, temporary = folder / "foreign", folder / "tmp"
-    foreign.mkdir()
-    temporary.mkdir()
-    (foreign / "counter_1.db").touch()
-    environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TMPDIR": str(temporary)}
-    for given in (str(foreign), ""):
-        environ["PROMETHEUS_MULTIPROC_DIR"] = given
-        with gunicorn_process(environ) as (process, port):
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
-                ask(connection, "GET", "/healthz")
-                process.send_signal(signal.SIGHUP)
-                time.sleep(1.5)
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
-                connection.request("GET", "/metrics")
-                text = connection.getresponse().read().decode()
-        assert 'http_request_duration_seconds_count{method="GET",route="/healthz",status="200"} 1.0' in text
-    assert list(foreign.iterdir()) == [foreign / "counter_1.db"]
-    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.alone
