@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 
 import gevent
 
@@ -144,6 +145,34 @@ def remove_dead_folders(parent):
             if os.fstat(lock).st_uid == os.geteuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
+
+
+def post_worker_init(worker):
+    """Log what gevent and threads would print: a JSON line, and ten of a kind a second at most.
+
+    Being out of file descriptors, for one, ends no worker: gevent tries to accept connections again, at least once a
+    second, and each failure is a traceback to it.
+    """
+    from app.events import LineLimiter  # not in the master, which gevent has not patched
+
+    limiter = LineLimiter(worker.log.error_log)
+
+    hub = gevent.get_hub()
+    handle_error = hub.handle_error
+    hub.exception_stream = None
+
+    def report(kind, error, trace):
+        if not issubclass(kind, hub.NOT_ERROR) and limiter.allow("unexpected_error", kind.__name__):
+            # Of a system call that failed a traceback says no more than the error.
+            exc_info = None if issubclass(kind, OSError) else (kind, error, trace)
+            worker.log.error("unexpected_error", extra={"reason": str(error)}, exc_info=exc_info)
+
+    def log_error(context, kind, error, trace):
+        gevent.spawn(report, kind, error, trace)  # the hub itself may not wait for a lock
+        handle_error(context, kind, error, trace)
+
+    hub.handle_error = log_error
+    threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def on_exit(server):

@@ -11,7 +11,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import MapAdapter
 
-from app import cli, errors, metrics, operations, sessions
+from app import cli, errors, events, metrics, operations, sessions
 from app.auth import TokenVerifier
 from app.bodies import LARGEST_BODY
 from app.config import Config
@@ -64,6 +64,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.extensions["config"] = config
     servers = OnePrimary(redis) if redis is not None else connect(config)
     keys = load_keys(config)
+    app.extensions["line_limiter"] = events.LineLimiter(events.log)
     app.extensions["metrics"] = Metrics()
     app.extensions["servers"] = servers
     app.extensions["session_store"] = SessionStore(config, servers, app.extensions["metrics"].round_trip)

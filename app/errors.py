@@ -9,7 +9,7 @@ from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from app.auth import TokenInvalid, TokenMissing
-from app.events import emit, request_id
+from app.events import allowed, emit, request_id
 from app.keys import KeysUnavailable
 from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
@@ -119,5 +119,6 @@ def store_unavailable(e: StoreUnavailable) -> Response:
 
 
 def unexpected(e: Exception) -> Response:
-    log.exception("unexpected_error", extra={"request_id": request_id()})
+    if allowed("unexpected_error", type(e).__name__):
+        log.exception("unexpected_error", extra={"request_id": request_id()})
     return failed()

@@ -2,18 +2,66 @@
 
 import logging
 import re
+import threading
+import time
 import uuid
+from collections.abc import Callable
 
 from flask import Response, after_this_request, current_app, g, request
 
 log = logging.getLogger("sessions")
 
+# A caller can cause as many of these as it sends requests, and none of them changes a session.
+LIMITED = frozenset(["limit_reached", "session_not_found", "sessions_not_found", "token_refused"])
+
+
+class LineLimiter:
+    """Allows each kind of log line so many times a second, and logs the number of the others when the second is over.
+
+    A kind is an event and a reason. Their number is to be bounded: nothing that a caller sends may be part of one.
+    """
+
+    def __init__(
+        self, logger: logging.Logger, per_second: int = 10, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger, self._per_second, self._clock = logger, per_second, clock
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str], tuple[float, int]] = {}  # when a kind's second began, and the lines in it
+
+    def allow(self, event: str, reason: str = "") -> bool:
+        """Whether a line may be logged now. Starts a thread, under gevent a greenlet, where the first one may not."""
+        kind = event, reason
+        with self._lock:
+            now = self._clock()
+            began, lines = self._counts.get(kind, (now, 0))
+            if now - began >= 1 and lines <= self._per_second:  # a second with more is ended by its timer
+                began, lines = now, 0
+            self._counts[kind] = began, lines + 1
+        if lines == self._per_second:
+            timer = threading.Timer(max(0.0, began + 1 - now), self._sum_up, kind)
+            timer.daemon = True
+            timer.start()
+        return lines < self._per_second
+
+    def _sum_up(self, event: str, reason: str) -> None:
+        with self._lock:
+            _, lines = self._counts.pop((event, reason))
+        dropped = {"dropped": event, "reason": reason, "number": lines - self._per_second}
+        self._logger.warning("lines_dropped", extra=dropped)
+
+
+def allowed(event: str, reason: str = "") -> bool:
+    """Whether a line of this app may be logged, under its limit."""
+    return current_app.extensions["line_limiter"].allow(event, reason)  # type: ignore[no-any-return]
+
 
 def emit(event: str, *, session: str | None = None, **fields: object) -> None:
     """Log an event of this request and its subject. Subjects and session ids appear only as keyed hashes.
 
-    The request's id goes into the line and, as `X-Request-Id`, into the answer.
+    The request's id goes into the line and, as `X-Request-Id`, into the answer. Where the line is dropped, neither.
     """
+    if event in LIMITED and not allowed(event, str(fields.get("reason", ""))):
+        return
     known = {"subject": g.get("subject"), "session": session}
     hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
     log.info(event, extra={"request_id": request_id(), **hashes, **fields})

@@ -2,20 +2,28 @@
 
 import http.client
 import json
+import logging
+import os
 import re
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import redis
 from flask import Flask
+from werkzeug.test import TestResponse
 
+from app.events import LineLimiter
 from app.store import session_key
 from tests.conftest import SECRET, Caller, Log, token
-from tests.servers import RedisServer, gunicorn_logged, log_lines, until
+from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, log_lines, running, until
 
 MISSING = "A" * 32
 HASH = re.compile(r"[0-9a-f]{16}")
@@ -175,6 +183,89 @@ def test_nobody_knows_where(app: Flask, alice: Caller, log: Log, monkeypatch: py
         assert log.names() == ["redis_available"]
 
 
+@pytest.fixture
+def one_second(app: Flask) -> None:
+    """All that happens to the app happens within the same second, however long it takes."""
+    app.extensions["line_limiter"] = LineLimiter(logging.getLogger("sessions"), clock=lambda: 0.0)
+
+
+def without_token(app: Flask) -> TestResponse:
+    return app.test_client().get("/sessions")
+
+
+def expired(app: Flask) -> TestResponse:
+    return Caller(app, exp=1).get("/sessions")
+
+
+def missing(app: Flask) -> TestResponse:
+    return Caller(app).heartbeat(MISSING)
+
+
+def many_missing(app: Flask) -> TestResponse:
+    return Caller(app).post("/sessions/heartbeat", json={"ids": [MISSING]})
+
+
+def one_too_many(app: Flask) -> TestResponse:
+    return Caller(app, "carol").post("/sessions")
+
+
+def met_bug(app: Flask) -> TestResponse:
+    return app.test_client().get("/bug")
+
+
+@pytest.mark.usefixtures("one_second")
+def test_flood(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """Of each kind of line that a caller can cause ten are written in a second, and then how many were not.
+
+    An answer names a request's id only where that stands in the log, and a traceback counts like a line.
+    """
+    app.add_url_rule("/bug", view_func=lambda: 1 / 0)
+    for _ in range(100):
+        Caller(app, "carol").open()
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    floods = {
+        ("token_refused", "There is none"): without_token,
+        ("token_refused", "The token has expired"): expired,
+        ("session_not_found", ""): missing,
+        ("sessions_not_found", ""): many_missing,
+        ("limit_reached", ""): one_too_many,
+        ("unexpected_error", "ZeroDivisionError"): met_bug,
+    }
+    named = {kind: [flood(app).headers.get("X-Request-Id") for _ in range(25)] for kind, flood in floods.items()}
+    until(lambda: sum(record.message == "lines_dropped" for record in caplog.records) == len(floods))
+    lines = [vars(record) for record in caplog.records]
+    for (event, reason), ids in named.items():
+        written = [line for line in lines if line["message"] == event and line.get("reason", reason) == reason]
+        assert [line["request_id"] for line in written] == ids[:10]
+        assert ids[10:] == [None] * 15
+    dropped = [line for line in lines if line["message"] == "lines_dropped"]
+    assert {(line["dropped"], line["reason"]): line["number"] for line in dropped} == dict.fromkeys(floods, 15)
+
+
+@pytest.mark.usefixtures("one_second")
+def test_complete(app: Flask, log: Log) -> None:
+    """What begins and ends sessions is written in full, however many there are."""
+    alice = Caller(app)
+    for id in [alice.open() for _ in range(30)]:
+        alice.revoke(id)
+    assert log.names() == ["session_opened"] * 30 + ["session_revoked"] * 30
+
+
+def test_quiet_again(caplog: pytest.LogCaptureFixture) -> None:
+    """After a second a kind has its ten lines again; one that kept to them is not summed up, and no thread stays."""
+    now = 0.0
+    limiter = LineLimiter(logging.getLogger("sessions"), clock=lambda: now)
+    assert [limiter.allow("a") for _ in range(10)] == [True] * 10
+    now = 1.0
+    assert [limiter.allow("a") for _ in range(11)] == [True] * 10 + [False]
+    assert limiter.allow("b") and limiter.allow("a", "another reason")
+    until(lambda: "lines_dropped" in caplog.messages)
+    assert [(record.dropped, record.number) for record in caplog.records] == [("a", 1)]
+    assert [limiter.allow("a") for _ in range(10)] == [True] * 10
+    until(lambda: not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)])
+
+
 REQUEST_IDS = ["0af7651916cd43dd8448eb211c80319c", "a", "x" * 128, "A.b:c+d/e=f-g_h"]
 FORGED = [
     "",
@@ -243,6 +334,75 @@ def test_no_line_can_be_forged(served: tuple[int, Path], break_: bytes) -> None:
     assert re.match(rb"HTTP/1\.1 40[01] ", answer)
     assert b"forged" not in answer.partition(b"\r\n\r\n")[0]
     assert "forged" not in [line["event"] for line in log_lines(file)]
+
+
+def test_served_flood(served: tuple[int, Path]) -> None:
+    """Under gunicorn the lines of a flood and the numbers of those left out add up, soon after it has stopped."""
+    port, file = served
+    before = len(log_lines(file))
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        for _ in range(300):
+            connection.request("GET", "/sessions")
+            connection.getresponse().read()
+
+    def written() -> int:
+        lines = log_lines(file)[before:]
+        return sum(line["event"] == "token_refused" for line in lines) + sum(line.get("number", 0) for line in lines)
+
+    until(lambda: written() == 300)
+    assert len(log_lines(file)) - before < 100
+
+
+def test_out_of_descriptors(tmp_path: Path) -> None:
+    """A worker that is out of file descriptors logs JSON lines, few of them, and serves again when it has some."""
+    file, few = tmp_path / "log", ["sh", "-c", 'ulimit -n 60 && exec "$0" "$@"']
+    environ = {"REDIS_URL": "memory://", "JWT_SECRET": SECRET}
+    with gunicorn_logged(environ, file, within=few, stderr=subprocess.STDOUT) as (_, port):
+        request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        assert exchange(port, request).startswith(b"HTTP/1.1 200 ")
+        with ExitStack() as stack:
+            for _ in range(80):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            until(lambda: "Too many open files" in file.read_text())
+            time.sleep(2)
+        began = time.monotonic()
+        assert exchange(port, request).startswith(b"HTTP/1.1 200 ")
+        assert time.monotonic() - began < 2
+        lines = [line for line in log_lines(file) if line["level"] == "ERROR"]
+    assert {line["event"] for line in lines} == {"unexpected_error"}
+    assert len(lines) < 20
+
+
+BUGS = """
+import threading, time, gevent
+
+def bug():
+    time.sleep(1)
+    raise ZeroDivisionError
+
+def app(environ, start_response):
+    for _ in range(30):
+        threading.Thread(target=bug).start()
+        gevent.spawn(bug)
+    start_response("200 OK", [])
+    return []
+"""
+
+
+def test_bugs_in_the_background(tmp_path: Path) -> None:
+    """What fails in a thread or a greenlet of its own is logged as JSON lines with tracebacks, and limited, too."""
+    (tmp_path / "bugs.py").write_text(BUGS)
+    file, port = tmp_path / "log", free_port()
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}:{ROOT}", "PORT": str(port), "WEB_CONCURRENCY": "1"}
+    command = [sys.executable, "-m", "gunicorn", "bugs:app"]
+    with file.open("wb") as log, running(command, cwd=ROOT, env=env, stdout=log, stderr=log):
+        until(lambda: exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+        until(lambda: "lines_dropped" in file.read_text())
+        lines = [line for line in log_lines(file) if line["level"] != "INFO"]
+    bugs, [dropped] = lines[:-1], lines[-1:]
+    assert [line["event"] for line in bugs] == ["unexpected_error"] * 10
+    assert all("ZeroDivisionError" in line["exc_info"] for line in bugs)
+    assert dropped["number"] == 50
 
 
 PATH = f"/sessions/{'S' * 32}/heartbeat"
