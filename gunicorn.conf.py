@@ -155,14 +155,13 @@ def post_worker_init(worker):
     """
     from app.events import LineLimiter  # not in the master, which gevent has not patched
 
-    limiter = LineLimiter(worker.log.error_log)
-
+    worker.log.limiter = LineLimiter(worker.log.error_log)
     hub = gevent.get_hub()
     handle_error = hub.handle_error
     hub.exception_stream = None
 
     def report(kind, error, trace):
-        if not issubclass(kind, hub.NOT_ERROR) and limiter.allow("unexpected_error", kind.__name__):
+        if not issubclass(kind, hub.NOT_ERROR) and worker.log.allows("unexpected_error", kind.__name__):
             # Of a system call that failed a traceback says no more than the error.
             exc_info = None if issubclass(kind, OSError) else (kind, error, trace)
             worker.log.error("unexpected_error", extra={"reason": str(error)}, exc_info=exc_info)

@@ -233,8 +233,10 @@ class Worker(GeventWorker):
         """Answer in the contract's shape what never reached the app; gunicorn's HTML repeats what was sent."""
         if isinstance(exc, errors.ParseException) and not isinstance(exc, OUR_FAULT):
             status, sentence = REFUSALS.get(type(exc), REFUSED)
-            fields = {"reason": type(exc).__name__, "address": addr[0] if isinstance(addr, tuple) else None}
-            self.log.warning("request_refused", extra=fields)
+            reason = type(exc).__name__
+            if self.log.allows("request_refused", reason):
+                address = addr[0] if isinstance(addr, tuple) else None
+                self.log.warning("request_refused", extra={"reason": reason, "address": address})
         else:
             status, sentence = FAILED
             self.log.exception("unexpected_error")
@@ -247,14 +249,21 @@ class Worker(GeventWorker):
 
 
 class Logger(GunicornLogger):
-    """gunicorn's log, in which clients can write no lines of their own."""
+    """gunicorn's log, in which clients can write no lines of their own, and none without a limit."""
+
+    limiter = None  # an app.events.LineLimiter; gunicorn.conf.py sets it in workers, which alone have clients
+
+    def allows(self, event, reason):
+        """Whether a line that a client can cause may be written."""
+        return self.limiter is None or self.limiter.allow(event, reason)
 
     def access(self, *args):
         """Write nothing."""
 
     def exception(self, msg, *args, **kwargs):
-        """Log an error, but not that a connection to a client is lost."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        """Log an error, but not that a client was cut off for reading nothing."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, TimeoutError) and self.allows("unexpected_error", type(error).__name__):
             super().exception(msg, *args, **kwargs)
 
 

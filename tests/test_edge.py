@@ -115,30 +115,39 @@ ATTACKS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ATTACKS)
 def test_other_callers_do_not_wait(port: int, name: str) -> None:
     """While a stranger tries it over several connections, a heartbeat of another caller is answered soon, each time."""
+    # Once the machine itself may have been slow.
+    assert slowest_heartbeat(port, ATTACKS[name]) < BOUND or slowest_heartbeat(port, ATTACKS[name]) < BOUND
+
+
+def slowest_heartbeat(port: int, attack: Callable[[int], None]) -> float:
+    """Seconds that the slowest heartbeat took during an attack over three connections."""
     path = open_session(port)
     end = time.monotonic() + 1.5
 
-    def attack() -> None:
+    def repeat() -> None:
         while time.monotonic() < end:
             with suppress(OSError):
-                ATTACKS[name](port)
+                attack(port)
 
-    threads = [threading.Thread(target=attack) for _ in range(3)]
+    threads = [threading.Thread(target=repeat) for _ in range(3)]
     for thread in threads:
         thread.start()
+    slowest = 0.0
     try:
         time.sleep(0.2)
         while time.monotonic() < end:
             began = time.monotonic()
             assert heartbeat(port, path) == 200
-            assert time.monotonic() - began < BOUND
+            slowest = max(slowest, time.monotonic() - began)
             time.sleep(0.02)
     finally:
         for thread in threads:
             thread.join()
+    return slowest
 
 
 def open_session(port: int) -> str:
@@ -334,6 +343,20 @@ def test_error_of_ours(redis_server: RedisServer, folder: Path) -> None:
     with gunicorn_logged(environ, folder / "log") as (_, port):
         refused(exchange(port, b"GET /secret-path HTTP/1.1\r\nHost: x\r\n\r\n"), 500)
         until(lambda: "unexpected_error" in [line["event"] for line in log_lines(folder / "log")])
+
+
+def test_refusals_are_limited(redis_server: RedisServer, folder: Path) -> None:
+    """Of the requests that cannot be parsed ten a second are logged, and then how many there were."""
+    with gunicorn_logged({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}, folder / "log") as (_, port):
+        for _ in range(50):
+            refused(exchange(port, b"nonsense\r\n\r\n"), 400)
+
+        def lines(event: str) -> list[dict]:
+            return [line for line in log_lines(folder / "log") if line["event"] == event]
+
+        until(lambda: len(lines("request_refused")) + sum(line["number"] for line in lines("lines_dropped")) == 50)
+        assert {line["dropped"] for line in lines("lines_dropped")} == {"request_refused"}
+        assert {line["reason"] for line in lines("request_refused")} == {"InvalidRequestLine"}
 
 
 def test_lost_connection_is_not_logged(redis_server: RedisServer, folder: Path) -> None:
