@@ -149,8 +149,6 @@ OBJECTS = {
     "Infinity": (b'{"idleTimeoutSeconds": Infinity}', 400),
     "minus Infinity": (b'{"idleTimeoutSeconds": -Infinity}', 400),
     "digits": (b'{"idleTimeoutSeconds": ' + b"1" * 5000 + b"}", 400),
-    "lists 2,000 deep": (b"[" * 2000 + b"]" * 2000, 400),
-    "objects 2,000 deep": (b'{"a":' * 2000 + b"1" + b"}" * 2000, 400),
     "lists 40,000 deep, never closed": (b"[" * 40_000, 400),
     "list": (b"[]", 422),
     "list of objects": (b"[{}]", 422),
@@ -179,6 +177,15 @@ def test_bad_body(alice: Caller, database: redis.Redis, path: str, body: bytes, 
     assert refused(alice, "POST", path, data=body, content_type=JSON) == status
     assert set(database.keys()) == keys
     assert alice.ids() == [id]
+
+
+@fake_only
+@pytest.mark.parametrize("path", ["/sessions", "/sessions/revoke-all"])
+@pytest.mark.parametrize("body", [b"[" * 2000 + b"]" * 2000, b'{"a":' * 2000 + b"1" + b"}" * 2000], ids=["[", "{"])
+def test_deep_body(alice: Caller, database: redis.Redis, path: str, body: bytes) -> None:
+    """A body nested 2,000 deep is refused: as no JSON, or as of unknown fields where Python reads so deep (3.13)."""
+    assert refused(alice, "POST", path, data=body, content_type=JSON) in (400, 422)
+    assert database.keys() == []
 
 
 @fake_only

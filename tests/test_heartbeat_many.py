@@ -236,7 +236,7 @@ def test_no_body(alice: Caller) -> None:
     [
         (b'{"ids": [', "application/json", 400),
         (b'{"ids": ["\xff"]}', "application/json", 400),
-        (b'{"ids": ' + b"[" * 5000 + b"]" * 5000 + b"}", "application/json", 400),
+        (b'{"ids": ' + b"[" * 40_000, "application/json", 400),
         (b'{"ids": ["AAAAAAAAAAAAAAAAAAAAAAAA"]}', "text/plain", 415),
         (b" " * (LARGEST_BODY + 1), "application/json", 413),
     ],
