@@ -51,7 +51,8 @@ quick: $(VENV)/dev
 	$(BIN)/pytest -n 3 --dist worksteal -m "not alone" -k "fakeredis or test_server"
 
 faults: $(VENV)/dev
-	$(BIN)/pytest faults --capture=tee-sys -rP --no-header
+	$(BIN)/pytest faults -n 3 --dist worksteal -m "not alone" -rP --no-header
+	$(BIN)/pytest faults -m alone --capture=tee-sys -rP --no-header
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --quiet --check .

@@ -5,12 +5,14 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 import requests
 
 from tests.conftest import token
 
 
+@cache
 def headers(subject: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token(subject)}"}
 
