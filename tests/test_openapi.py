@@ -276,7 +276,7 @@ def answers(
     make_app: Callable[..., Flask], database: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], Iterator[TestResponse]]:
     """All kinds of answers that an endpoint gives."""
-    monkeypatch.setattr("app.schemas.BODY_TIMEOUT", 0.05)
+    monkeypatch.setattr("app.bodies.BODY_TIMEOUT", 0.05)
     app = make_app(session_limit=2)
     others = [make_app(metrics_token=token).test_client() for token in ("0123456789abcdef", "off")]
     alice, server = Caller(app), database.connection_pool.connection_kwargs["server"]
