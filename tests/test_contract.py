@@ -102,6 +102,7 @@ def test_limit_body(make_app: Callable[..., Flask]) -> None:
     assert re.fullmatch("[1-9][0-9]*", response.headers["Retry-After"])
 
 
+@fake_only
 @pytest.mark.parametrize("method, path", FAILURES)
 def test_missing_token(app: Flask, method: str, path: str) -> None:
     """Without a token every endpoint of the API is a 401 that only names the scheme."""
@@ -110,6 +111,7 @@ def test_missing_token(app: Flask, method: str, path: str) -> None:
     assert response.headers["WWW-Authenticate"] == 'Bearer realm="sessions"'
 
 
+@fake_only
 @pytest.mark.parametrize("method, path", FAILURES)
 def test_expired_token(app: Flask, method: str, path: str) -> None:
     """With an expired token every endpoint of the API is a 401 that says so."""
@@ -119,6 +121,7 @@ def test_expired_token(app: Flask, method: str, path: str) -> None:
     assert re.fullmatch(challenge, response.headers["WWW-Authenticate"])
 
 
+@fake_only
 @pytest.mark.parametrize("path", ["/", "/nowhere", "/sessionsx", "/favicon.ico"])
 def test_unknown_path(alice: Caller, path: str) -> None:
     """What is not there is a 404 in the contract's shape."""
@@ -126,6 +129,7 @@ def test_unknown_path(alice: Caller, path: str) -> None:
     assert (response.status_code, sent(response)) == (404, b'{"success": false, "error": "Not found"}')
 
 
+@fake_only
 @pytest.mark.parametrize(
     "path, options, status",
     [
@@ -143,15 +147,17 @@ def test_error_shape(alice: Caller, path: str, options: dict, status: int) -> No
     assert re.fullmatch(rb'\{"success": false, "error": "[A-Z][A-Za-z -]+"\}', sent(response).replace(b"/", b""))
 
 
+@fake_only
 @pytest.mark.parametrize("path", ["/sessions", "/sessions/{id}/heartbeat"])
 def test_body_that_never_comes(alice: Caller, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """A body that does not arrive in time is a 408."""
-    monkeypatch.setattr("app.schemas.BODY_TIMEOUT", 0.05)
+    monkeypatch.setattr("app.bodies.BODY_TIMEOUT", 0.05)
     response = alice.post(path.format(id=alice.open()), environ_overrides=STALLED)
     expected = b'{"success": false, "error": "Request body not received in time"}'
     assert (response.status_code, sent(response)) == (408, expected)
 
 
+@fake_only
 def test_invalid_fields(alice: Caller) -> None:
     """A 422 adds the messages for each field."""
     response = alice.post("/sessions", json={"deviceName": "", "expiresAt": "2099-01-01T00:00:00.000Z"})
@@ -175,6 +181,7 @@ ALLOWED = {
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"]
 
 
+@fake_only
 @pytest.mark.parametrize("path, method", [(p, m) for p in ALLOWED for m in METHODS if m not in ALLOWED[p]])
 def test_wrong_method(alice: Caller, path: str, method: str) -> None:
     """A method that a path does not have is a 405 which names those that it has."""

@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 from app.bodies import LARGEST_BODY
 from app.responses import rfc3339
 from app.store import session_key
-from tests.conftest import Caller, Clock, token
+from tests.conftest import Caller, Clock, fake_only, token
 
 PATH = "/sessions/heartbeat"
 MISSING = "A" * 32
@@ -177,6 +177,7 @@ def test_only_strange_ids(cut_off: Flask) -> None:
     assert results(Caller(cut_off), ids) == [missing(id) for id in ids]
 
 
+@fake_only
 @pytest.mark.parametrize(
     "body",
     [
@@ -216,6 +217,7 @@ def test_invalid_body(alice: Caller, database: redis.Redis, clock: Clock, body: 
     assert expiry(database, id) == before
 
 
+@fake_only
 @pytest.mark.parametrize("element", ["1", "null", '""'])
 def test_refusal_is_short(alice: Caller, element: str) -> None:
     """However much is wrong with a body, the answer to it is short."""
@@ -225,12 +227,14 @@ def test_refusal_is_short(alice: Caller, element: str) -> None:
     assert len(response.data) < 1000
 
 
+@fake_only
 def test_no_body(alice: Caller) -> None:
     """Without a body the answer names the field that is missing."""
     response = alice.post(PATH)
     assert (response.status_code, list(response.json["details"])) == (422, ["ids"])
 
 
+@fake_only
 @pytest.mark.parametrize(
     "data, content_type, status",
     [
@@ -249,6 +253,7 @@ def test_unreadable_body(alice: Caller, data: bytes, content_type: str, status: 
     assert (list(response.json), response.json["success"]) == (["success", "error"], False)
 
 
+@fake_only
 def test_no_token(app: Flask, alice: Caller, database: redis.Redis, clock: Clock) -> None:
     """Without a token nothing is extended and nobody learns what is there."""
     id = alice.open()
@@ -260,6 +265,7 @@ def test_no_token(app: Flask, alice: Caller, database: redis.Redis, clock: Clock
     assert expiry(database, id) == before
 
 
+@fake_only
 def test_token_comes_first(app: Flask) -> None:
     """A bad token is refused before the body is looked at."""
     headers = {"Authorization": f"Bearer {token(exp=1)}"}
@@ -267,6 +273,7 @@ def test_token_comes_first(app: Flask) -> None:
     assert (response.status_code, response.text) == (401, '{"success": false, "error": "Invalid or expired token"}')
 
 
+@fake_only
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_other_methods(alice: Caller, method: str) -> None:
     """The only method is POST."""
