@@ -1,11 +1,14 @@
 """Where signing keys come from: secrets, a PEM, or a key set refreshed in the background."""
 
+import http.client
+import json
 import logging
 import math
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import gevent
 import jwt
@@ -47,13 +50,15 @@ class JwksKeys:
     REFRESH_EVERY = 300.0
     RETRY_EVERY = 5.0  # while there are no keys at all
     FETCH_TIMEOUT = 5.0
+    LARGEST = 1_000_000  # bytes of the issuer's answer
     COOLDOWN = 30.0
     UNKNOWN_KEY_WAIT = 1.0
 
     def __init__(self, url: str) -> None:
         self.generation = 0  # grows when the keys change: what was verified under an older one is to be forgotten
         self.fetched_at = 0.0  # seconds since the epoch
-        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=self.FETCH_TIMEOUT)
+        self._request = Request(url, headers={"Accept": "application/json"})
+        self._opener = build_opener(_HttpsRedirects)
         self._key_set: dict[str, Any] = {}
         self._keys: list[tuple[str | None, Key]] = []
         self._asking = threading.Lock()
@@ -98,7 +103,7 @@ class JwksKeys:
         try:
             # FETCH_TIMEOUT bounds each read only: an answer that trickles in could take for ever.
             with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
-                key_set = self._client.fetch_data()
+                key_set = self._fetch()
             found = [key for data in key_set["keys"] if (key := _signing_key(data))]
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
@@ -110,6 +115,23 @@ class JwksKeys:
             self._key_set = key_set
             self._keys = found
             self.generation += 1
+
+    def _fetch(self) -> Any:
+        """The issuer's answer, parsed. Raises OSError, http.client.HTTPException and ValueError."""
+        with self._opener.open(self._request, timeout=self.FETCH_TIMEOUT) as response:
+            answer: bytes = response.read(self.LARGEST + 1)
+        if len(answer) > self.LARGEST:
+            raise ValueError("larger than 1 MB")
+        return json.loads(answer)
+
+
+class _HttpsRedirects(HTTPRedirectHandler):
+    """Follows redirects to https only: whoever can change the keys in transit can sign tokens."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Request | None:
+        return super().redirect_request(req, fp, code, msg, headers, newurl) if newurl.startswith("https:") else None
 
 
 def _signing_key(data: Any) -> tuple[str | None, Key] | None:

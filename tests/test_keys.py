@@ -35,6 +35,7 @@ class Issuer:
         self.keys: list[object] = []
         self.body: bytes | None = None  # sent instead of the keys
         self.status = 200
+        self.headers: dict[str, str] = {}
         self.delay = 0.0
         self.requests = 0
         self._port = 0
@@ -55,6 +56,8 @@ class Issuer:
                 issuer._stopping.wait(issuer.delay)
                 with contextlib.suppress(ConnectionError):  # the caller has given up
                     self.send_response(issuer.status)
+                    for name, value in issuer.headers.items():
+                        self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(body)
 
@@ -157,6 +160,9 @@ TROUBLES = [
     pytest.param(answers(keys=[]), id="no keys"),
     pytest.param(answers(keys=[Key("first").jwk(use="enc")]), id="encryption keys"),
     pytest.param(answers(keys=[oct_jwk("first")]), id="symmetric keys"),
+    pytest.param(
+        answers(body=json.dumps({"keys": [Key("first").jwk()], "padding": "x" * 1_000_000}).encode()), id="1 MB"
+    ),
     pytest.param(Issuer.stop, id="gone"),
 ]
 
@@ -191,6 +197,50 @@ def test_last_good_keys(issuer: Issuer, key: Key, trouble: Callable[[Issuer], No
     assert status(app, Key("unknown").token()) == 401  # after a fetch
     assert status(app, key.token()) == 200
     assert status(app, Key("first").token()) == 401
+
+
+def test_almost_1_mb(issuer: Issuer, key: Key) -> None:
+    """A key set of 1,000,000 bytes is taken."""
+    empty = len(json.dumps({"keys": issuer.keys, "padding": ""}))
+    issuer.body = json.dumps({"keys": issuer.keys, "padding": "x" * (1_000_000 - empty)}).encode()
+    assert status(app_of(issuer), key.token()) == 200
+
+
+ENDLESS = """
+from gevent import monkey
+monkey.patch_all()
+import socket, threading, time
+from app.keys import JwksKeys
+listener = socket.create_server(("127.0.0.1", 0))
+def pour():
+    connection = listener.accept()[0]
+    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
+    try:
+        while True:
+            connection.sendall(b" " * 65536)
+            poured.append(65536)
+    except OSError:
+        ended.set()
+poured, ended = [], threading.Event()
+threading.Thread(target=pour, daemon=True).start()
+JwksKeys(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+assert ended.wait(5), "it reads on"
+assert sum(poured) < 20_000_000, sum(poured)
+"""
+
+
+def test_endless_key_set() -> None:
+    """An answer without an end is given up after 1 MB."""
+    subprocess.run([sys.executable, "-c", ENDLESS], cwd=ROOT, timeout=30, check=True)
+
+
+def test_redirect(issuer: Issuer, key: Key) -> None:
+    """No redirect leads to plain http: who can change the keys in transit can sign tokens."""
+    other = Issuer()
+    other.keys, issuer.status, issuer.headers = issuer.keys, 302, {"Location": other.url}
+    assert ask(app_of(issuer), key.token()).status_code == 503
+    assert other.requests == 0
+    other.stop()
 
 
 def test_many_unknown_keys(issuer: Issuer, key: Key) -> None:
