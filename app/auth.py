@@ -1,25 +1,48 @@
 """Who is calling: bearer tokens (RFC 6750) verified as JWTs (RFC 7519), and the subject they name."""
 
+import contextlib
 import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from base64 import urlsafe_b64decode
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import jwt
-from cachetools import TLRUCache
+from cachetools import TTLCache
 from flask import current_app, g, request
 
 from app.config import Config
-from app.keys import Keys
+from app.keys import Key, Keys
 
 # RFC 7515 §7.1: three parts of base64url without padding.
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+LONGEST_TOKEN = 16_384  # bytes
 LONGEST_SUBJECT = 256
-# For so long a verified token is trusted without being verified again.
+# A lone surrogate is no character (RFC 8259 §8.2).
+SUBJECT = re.compile(rf"[^\ud800-\udfff]{{1,{LONGEST_SUBJECT}}}")
+# Seconds a verified token is trusted without checking its signature again.
 REMEMBERED_SECONDS = 60
-REMEMBERED_TOKENS = 16_384
+REMEMBERED_BYTES = 16_000_000
+# What a remembered token takes at the most besides the characters of token and subject: 520 bytes, and up to 900 where
+# many come and go.
+ENTRY_BYTES = 1_000
+# What PyJWT finds wrong, in the contract's words; everything else is malformed.
+REASONS: dict[type[Exception], str] = {
+    jwt.ExpiredSignatureError: "expired",
+    jwt.ImmatureSignatureError: "not_yet_valid",
+    jwt.InvalidSignatureError: "signature",
+    jwt.InvalidAlgorithmError: "signature",
+    jwt.InvalidKeyError: "signature",
+    jwt.InvalidIssuerError: "issuer",
+    jwt.InvalidAudienceError: "audience",
+    jwt.MissingRequiredClaimError: "claim",
+    jwt.InvalidIssuedAtError: "claim",
+    jwt.exceptions.InvalidJTIError: "claim",
+    jwt.exceptions.InvalidSubjectError: "subject",
+}
 
 
 class TokenMissing(Exception):
@@ -27,27 +50,30 @@ class TokenMissing(Exception):
 
 
 class TokenInvalid(Exception):
-    """The token is malformed, expired, of another issuer or not signed by one of our keys; `str()` says which."""
+    """The token is refused.
 
+    `reason` is the contract's word for why (§2), `key_id` what can be printed of its header's `kid`: 64 characters at
+    the most, chosen by the caller.
+    """
 
-class _Verified(NamedTuple):
-    subject: str
-    exp: float
-
-
-def _forget_at(key: tuple[int, str], verified: _Verified, now: float) -> float:
-    return min(verified.exp, now + REMEMBERED_SECONDS)
+    def __init__(self, reason: str, key_id: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.key_id = "".join(islice(filter(str.isprintable, key_id), 64))
 
 
 class TokenVerifier:
-    """Tells the subject of a token, or why there is none."""
+    """Verifies bearer JWTs and returns their subject."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
-        # Verified tokens: the signature is checked once a minute at most, not with every heartbeat.
-        self._verified = TLRUCache[tuple[int, str], _Verified](REMEMBERED_TOKENS, _forget_at, timer=time.time)
+        # Token and subject by key generation and token.
+        self._remembered = TTLCache[tuple[int, str], tuple[str, str]](
+            REMEMBERED_BYTES, REMEMBERED_SECONDS, timer=time.time, getsizeof=_bytes_of
+        )
         self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
+        self._algorithms = config.algorithms
         # Not the module's own decoder: its options are shared by all who import it.
         self._jwt = jwt.PyJWT(
             {
@@ -57,12 +83,8 @@ class TokenVerifier:
                 "enforce_minimum_key_length": True,
             }
         )
-        self._checks: dict[str, Any] = {
-            "algorithms": config.algorithms,
-            "issuer": config.jwt_issuer,
-            "audience": config.jwt_audience,
-            "leeway": config.jwt_leeway_seconds,
-        }
+        self._leeway = config.jwt_leeway_seconds
+        self._expected: dict[str, Any] = {"issuer": config.jwt_issuer, "audience": config.jwt_audience}
 
     def verify(self, token: str) -> str:
         """The subject that a token names.
@@ -73,47 +95,60 @@ class TokenVerifier:
         key = self._keys.generation, token
         with self._lock:
             try:
-                return self._verified[key].subject
+                return self._remembered[key][1]
             except KeyError:
                 pass
-        verified = self._verify(token)
-        with self._lock:
-            self._verified[key] = verified
-        return verified.subject
+        if len(token) > LONGEST_TOKEN or not COMPACT_JWS.fullmatch(token):
+            raise TokenInvalid("malformed")
+        subject, exp = self._verify(token)
+        # One that expires sooner would be taken for too long.
+        if exp + self._leeway >= time.time() + REMEMBERED_SECONDS:
+            with self._lock:
+                self._remembered[key] = token, subject
+        return subject
 
-    def _verify(self, token: str) -> _Verified:
-        if not COMPACT_JWS.fullmatch(token):
-            raise TokenInvalid("The token is malformed")
-        claims = self._claims(token)
-        return _Verified(self._subject(claims), claims["exp"])
-
-    def _claims(self, token: str) -> Any:
+    def _verify(self, token: str) -> tuple[str, float]:
+        key_id: str | None = None
         try:
-            candidates = self._keys.candidates(jwt.get_unverified_header(token).get("kid"))
-            for key in candidates:
-                try:
-                    return self._jwt.decode(token, key, **self._checks)
-                # Signed with another key, or for another kind of key (a TypeError where this is a bare one).
-                except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError, jwt.InvalidSignatureError, TypeError):
-                    continue
-        except jwt.ExpiredSignatureError:
-            raise TokenInvalid("The token has expired") from None
+            # The header alone, to choose the key; the token is parsed once, with that key.
+            header = jwt.get_unverified_header(token.partition(".")[0] + "..")
+            algorithm, key_id = header.get("alg"), header.get("kid")
+            if algorithm not in self._algorithms:
+                raise jwt.InvalidAlgorithmError
+            key = _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id))
+            claims = self._jwt.decode(token, key, self._algorithms, leeway=self._leeway, **self._expected)
+            return self._subject(claims), claims["exp"]
         # PyJWT lets the last three escape for odd headers and payloads.
-        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError):
-            raise TokenInvalid("The token is not valid here") from None
-        raise TokenInvalid("The token is not signed with a known key")
+        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError) as error:
+            raise TokenInvalid(REASONS.get(type(error), "malformed"), key_id or "") from None
 
-    def _subject(self, claims: Any) -> str:
-        subject, exp = claims[self._claim], claims["exp"]
-        if type(exp) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
-            raise TokenInvalid("The token is not valid here")
-        if type(subject) not in (str, int) or not 0 < len(str(subject)) <= LONGEST_SUBJECT:
-            raise TokenInvalid("The subject is not valid")
-        try:
-            str(subject).encode()
-        except UnicodeEncodeError:  # a lone surrogate is no character (RFC 8259 §8.2)
-            raise TokenInvalid("The subject is not valid") from None
+    def _subject(self, claims: dict[str, Any]) -> str:
+        if type(claims["exp"]) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
+            raise jwt.MissingRequiredClaimError("exp")
+        subject = claims[self._claim]
+        if type(subject) not in (str, int) or not SUBJECT.fullmatch(str(subject)):
+            raise jwt.exceptions.InvalidSubjectError
         return str(subject)
+
+
+def _bytes_of(remembered: tuple[str, str]) -> int:
+    token, subject = remembered
+    return ENTRY_BYTES + len(token) + 4 * len(subject)
+
+
+def _signing_key(token: str, algorithm: str, candidates: Sequence[Key]) -> Key:
+    """The key that can have signed a token. Raises jwt.InvalidSignatureError where it is none of them."""
+    if len(candidates) == 1:
+        return candidates[0]
+    # One of several is found here: PyJWT would parse the token anew for each.
+    signed, _, signature = token.rpartition(".")
+    raw = urlsafe_b64decode(signature + "==")
+    check = jwt.get_algorithm_by_name(algorithm)
+    for key in candidates:
+        with contextlib.suppress(jwt.InvalidKeyError):
+            if check.verify(signed.encode(), check.prepare_key(key), raw):
+                return key
+    raise jwt.InvalidSignatureError
 
 
 def bearer_token(environ: Mapping[str, Any]) -> str:

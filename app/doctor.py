@@ -10,7 +10,6 @@ import redis
 from flask import Flask
 
 from app.connection import Servers
-from app.keys import KeysUnavailable
 from app.store import SessionNotFound, SessionStore, StoreUnavailable, TooManySessions
 
 
@@ -25,10 +24,9 @@ def examine_app(app: Flask) -> Iterator[Finding]:
     """All that has to be right: configuration, Redis, keys, and the life of a session of the subject `doctor`."""
     yield Finding("ok", "The configuration is complete")
     yield from examine(app.extensions["servers"])
-    try:
-        app.extensions["keys"].candidates(None)
+    if app.extensions["keys"].loaded:
         yield Finding("ok", "Signing keys are loaded")
-    except KeysUnavailable:
+    else:
         yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
     store: SessionStore = app.extensions["session_store"]
     try:

@@ -36,6 +36,13 @@ SENTENCES = {
     503: "Signing keys not available",
 }
 TOKEN_MISSING, TOKEN_INVALID = "Missing bearer token", "Invalid or expired token"
+# What the caller is told besides, by TokenInvalid's reason.
+TOKEN_DESCRIPTIONS = {
+    "malformed": "The token is malformed",
+    "expired": "The token has expired",
+    "signature": "The token is not signed with a known key",
+    "subject": "The subject is not valid",
+}
 BEARER = 'Bearer realm="sessions"'
 
 
@@ -86,19 +93,20 @@ def http_error(e: HTTPException) -> Response:
 
 
 def token_missing(e: TokenMissing) -> Response:
-    refused("There is none")
+    refused("missing")
     return error(401, TOKEN_MISSING, {"WWW-Authenticate": BEARER})
 
 
 def token_invalid(e: TokenInvalid) -> Response:
-    refused(str(e))
-    challenge = f'{BEARER}, error="invalid_token", error_description="{e}"'
+    refused(e.reason, **({"key_id": e.key_id} if e.key_id else {}))
+    description = TOKEN_DESCRIPTIONS.get(e.reason, "The token is not valid here")
+    challenge = f'{BEARER}, error="invalid_token", error_description="{description}"'
     return error(401, TOKEN_INVALID, {"WWW-Authenticate": challenge})
 
 
-def refused(reason: str) -> None:
+def refused(reason: str, **found: str) -> None:
     current_app.extensions["metrics"].refused.labels(reason).inc()
-    emit("token_refused", reason=reason)
+    emit("token_refused", reason=reason, endpoint=request.endpoint, **found)
 
 
 def session_not_found(e: SessionNotFound) -> Response:

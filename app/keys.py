@@ -1,4 +1,4 @@
-"""Where signing keys come from: secrets, a PEM, or a key set refreshed in the background."""
+"""Where signing keys come from (secrets, a PEM, or a key set refreshed in the background), and what each can verify."""
 
 import http.client
 import json
@@ -6,36 +6,72 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import gevent
 import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from app.config import Config
+from app.config import EC_ALGORITHMS, HMAC_KEY_BYTES, RSA_ALGORITHMS, Config
 
 log = logging.getLogger(__name__)
 
-# What a signature is checked with: a secret, a parsed public key, or one bound to its algorithm.
-Key = bytes | jwt.PyJWK | jwt.algorithms.AllowedPublicKeys
+Key = bytes | jwt.algorithms.AllowedPublicKeys
+# A token that fits more keys of a set than this is tried with the first of them only: each costs a verification.
+MOST_TRIED = 8
 
 
 class KeysUnavailable(Exception):
     """No signing key could ever be loaded."""
 
 
+class VerificationKey(NamedTuple):
+    """What signatures are verified with: the JWS algorithms that it is for, and its id in a key set."""
+
+    key: Key
+    algorithms: Sequence[str]
+    id: str | None = None
+
+
+class KeySet:
+    """Keys by what a token's header says about the one that signed it."""
+
+    def __init__(self, keys: Sequence[VerificationKey] = ()) -> None:
+        self.ids = {key.id for key in keys}
+        self._fitting: dict[str, list[Key]] = defaultdict(list)
+        self._named: dict[tuple[str, str | None], list[Key]] = defaultdict(list)
+        for key in keys:
+            for algorithm in key.algorithms:
+                self._fitting[algorithm].append(key.key)
+                self._named[algorithm, key.id].append(key.key)
+
+    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
+        """The keys that can have signed a token."""
+        # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
+        if key_id is None:
+            return self._fitting.get(algorithm, ())
+        return [*self._named.get((algorithm, key_id), ()), *self._named.get((algorithm, None), ())]
+
+    def most_without_id(self) -> int:
+        """The largest number of keys without an id that can verify the same algorithm."""
+        return max((len(keys) for (_, id), keys in self._named.items() if id is None), default=0)
+
+
 class FixedKeys:
     """Keys that come with the configuration and stay until the next start."""
 
-    generation, fetched_at = 0, 0.0
+    generation, fetched_at, loaded = 0, 0.0, True
 
-    def __init__(self, keys: Sequence[Key]) -> None:
-        self._keys = keys
+    def __init__(self, keys: Sequence[VerificationKey]) -> None:
+        self._keys = KeySet(keys)
 
-    def candidates(self, key_id: str | None) -> Sequence[Key]:
-        return self._keys
+    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
+        """The keys to try for a token."""
+        return self._keys.candidates(algorithm, None)
 
 
 class JwksKeys:
@@ -59,8 +95,8 @@ class JwksKeys:
         self.fetched_at = 0.0  # seconds since the epoch
         self._request = Request(url, headers={"Accept": "application/json"})
         self._opener = build_opener(_HttpsRedirects)
-        self._key_set: dict[str, Any] = {}
-        self._keys: list[tuple[str | None, Key]] = []
+        self._fetched: Any = None
+        self._keys = KeySet()
         self._asking = threading.Lock()
         self._asked = threading.Event()
         self._asked_at = -math.inf
@@ -69,17 +105,18 @@ class JwksKeys:
         # The first answers should not be 503 only because the key set is a moment away.
         self._answered.wait(self.UNKNOWN_KEY_WAIT)
 
-    def candidates(self, key_id: str | None) -> Sequence[Key]:
-        """The keys to try for a `kid` (RFC 7515 §4.1.4). Raises KeysUnavailable where none could ever be loaded."""
-        if not self._matching(key_id):
-            self._ask_for_fetch()
-        if not self._keys:
-            raise KeysUnavailable
-        return self._matching(key_id)
+    @property
+    def loaded(self) -> bool:
+        """Whether there are keys: once there are some they stay."""
+        return bool(self._keys.ids)
 
-    def _matching(self, key_id: str | None) -> Sequence[Key]:
-        # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
-        return [key for id, key in self._keys if key_id is None or id in (None, key_id)]
+    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
+        """The keys to try for a token, MOST_TRIED at most. Raises KeysUnavailable where none could ever be loaded."""
+        if not self.loaded or key_id is not None and not self._keys.ids & {key_id, None}:
+            self._ask_for_fetch()
+        if not self.loaded:
+            raise KeysUnavailable
+        return self._keys.candidates(algorithm, key_id)[:MOST_TRIED]
 
     def _ask_for_fetch(self) -> None:
         with self._asking:
@@ -96,25 +133,30 @@ class JwksKeys:
             answered = self._answered
             self._refresh()
             answered.set()
-            self._asked.wait(self.REFRESH_EVERY if self._keys else self.RETRY_EVERY)
+            self._asked.wait(self.REFRESH_EVERY if self.loaded else self.RETRY_EVERY)
 
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
         try:
             # FETCH_TIMEOUT bounds each read only: an answer that trickles in could take for ever.
             with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
-                key_set = self._fetch()
-            found = [key for data in key_set["keys"] if (key := _signing_key(data))]
+                fetched = self._fetch()
+            if fetched != self._fetched:
+                keys = list(_verification_keys(fetched["keys"]))
+                if not keys:
+                    raise ValueError("it has no signing key")
+                self._use(KeySet(keys))
+                self._fetched = fetched
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
             return
         self.fetched_at = time.time()
-        if not found:
-            log.warning("key_set_not_refreshed", extra={"reason": "it has no signing key"})
-        elif key_set != self._key_set:
-            self._key_set = key_set
-            self._keys = found
-            self.generation += 1
+
+    def _use(self, keys: KeySet) -> None:
+        self._keys = keys
+        self.generation += 1
+        if (number := keys.most_without_id()) > MOST_TRIED:
+            log.warning("key_set_too_large", extra={"keys_without_id": number, "tried": MOST_TRIED})
 
     def _fetch(self) -> Any:
         """The issuer's answer, parsed. Raises OSError, http.client.HTTPException and ValueError."""
@@ -134,19 +176,30 @@ class _HttpsRedirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl) if newurl.startswith("https:") else None
 
 
-def _signing_key(data: Any) -> tuple[str | None, Key] | None:
-    """A key of a set and its id, or None where it is of no use here, such as a secret (RFC 7517 §5: to be ignored)."""
-    try:
-        jwk = jwt.PyJWK(data)
-        usable = jwk.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
-        # A secret is bytes, and a private key signs: only a public key verifies.
-        if not usable or not hasattr(jwk.key, "verify") or not isinstance(jwk.key_id, str | None):
-            return None
-        # PyJWT would bind a key that names no algorithm to one: an RSA key to RS256.
-        return jwk.key_id, jwk if "alg" in data else jwk.key
-    # What stands in a key set can be anything; one odd key does not spoil the others.
-    except Exception:
-        return None
+def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
+    """The keys of a set that are of use here; others, such as secrets, are to be ignored (RFC 7517 §5)."""
+    for data in members:
+        time.sleep(0)  # 10,000 keys take half a second, and requests have their turn in between
+        try:
+            jwk = jwt.PyJWK(data)
+            algorithms = _algorithms(jwk.key)
+            usable = jwk.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
+        # What stands in a key set can be anything; one odd key does not spoil the others.
+        except Exception:
+            continue
+        if data.get("alg") is not None:
+            algorithms = [name for name in algorithms if name == data["alg"]]
+        if usable and algorithms and isinstance(jwk.key_id, str | None):
+            yield VerificationKey(jwk.key, algorithms, jwk.key_id)
+
+
+def _algorithms(key: Any) -> Sequence[str]:
+    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a public key can verify; a private key signs, and has none."""
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
+        return RSA_ALGORITHMS
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in EC_ALGORITHMS:
+        return [EC_ALGORITHMS[key.curve.name]]
+    return ["EdDSA"] if isinstance(key, ed25519.Ed25519PublicKey | ed448.Ed448PublicKey) else ()
 
 
 Keys = FixedKeys | JwksKeys
@@ -157,6 +210,9 @@ def load_keys(config: Config) -> Keys:
     if config.jwt_jwks_url:
         return JwksKeys(config.jwt_jwks_url)
     if config.jwt_public_key:
-        key = load_pem_public_key(config.jwt_public_key.encode())
-        return FixedKeys([key])  # type: ignore[list-item]  # config.py accepts RSA, EC and Ed25519 only
-    return FixedKeys([secret.encode() for secret in config.jwt_secret])
+        key: Any = load_pem_public_key(config.jwt_public_key.encode())
+        return FixedKeys([VerificationKey(key, _algorithms(key))])
+    secrets = [secret.encode() for secret in config.jwt_secret]
+    return FixedKeys(
+        [VerificationKey(key, [name for name, least in HMAC_KEY_BYTES.items() if least <= len(key)]) for key in secrets]
+    )

@@ -4,9 +4,11 @@ from hmac import compare_digest
 
 from flask import Blueprint, Request, Response, current_app, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import Unauthorized
 
 from app import metric_files
-from app.auth import TokenInvalid, bearer_token
+from app.auth import TokenMissing, bearer_token
 
 bp = Blueprint("metrics", __name__)
 
@@ -79,10 +81,15 @@ class Metrics:
 def metrics() -> Response:
     """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
     config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
-    if config.metrics_token and not compare_digest(
-        bearer_token(request.environ).encode(), config.metrics_token.encode()
-    ):
-        raise TokenInvalid("The token is not valid here")
+    if config.metrics_token and not _authorized(config.metrics_token):
+        raise Unauthorized(www_authenticate=WWWAuthenticate("bearer", {"realm": "metrics"}))
     counted.keys_fetched.set(current_app.extensions["keys"].fetched_at)
     registry = metric_files.of_all_workers() or counted.registry
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
+
+
+def _authorized(token: str) -> bool:
+    try:
+        return compare_digest(bearer_token(request.environ).encode(), token.encode())
+    except TokenMissing:
+        return False

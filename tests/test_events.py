@@ -130,13 +130,10 @@ def test_limit(make_app: Callable[..., Flask], log: Log) -> None:
 @pytest.mark.parametrize(
     "authorization, reason",
     [
-        (None, "There is none"),
-        ("Basic YTpi", "There is none"),
-        ("Bearer a.b", "The token is malformed"),
-        (f"Bearer {token(exp=1)}", "The token has expired"),
-        (f"Bearer {token(secret='x' * 32)}", "The token is not signed with a known key"),
-        (f"Bearer {token(exp=None)}", "The token is not valid here"),
-        (f"Bearer {token('')}", "The subject is not valid"),
+        (None, "missing"),
+        ("Basic YTpi", "missing"),
+        ("Bearer a.b", "malformed"),
+        (f"Bearer {token(exp=1)}", "expired"),
     ],
 )
 def test_token_refused(app: Flask, log: Log, authorization: str | None, reason: str) -> None:

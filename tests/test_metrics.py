@@ -7,7 +7,7 @@ import requests
 from flask import Flask
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import SECRET, Caller, token
+from tests.conftest import SECRET, Caller, Log, token
 from tests.servers import RedisServer, gunicorn
 
 HEARTBEAT = "/sessions/<session_id:id>/heartbeat"
@@ -70,8 +70,8 @@ def test_refused_tokens(alice: Caller, app: Flask, count: Callable[..., float]) 
     """Refused tokens are counted by reason."""
     Caller(app, exp=1).get("/sessions")
     alice.http.get("/sessions")
-    assert count("tokens_refused_total", reason="The token has expired") == 1
-    assert count("tokens_refused_total", reason="There is none") == 1
+    assert count("tokens_refused_total", reason="expired") == 1
+    assert count("tokens_refused_total", reason="missing") == 1
 
 
 def test_redis(alice: Caller, count: Callable[..., float]) -> None:
@@ -88,6 +88,17 @@ def test_token(make_app: Callable[..., Flask]) -> None:
     assert http.get("/metrics", headers={"Authorization": f"Bearer {token()}"}).status_code == 401
     assert http.get("/metrics", headers={"Authorization": "Bearer 0123456789abcdef"}).status_code == 200
     assert http.get("/metrics", headers={"Authorization": "Bearer \xe9"}).status_code == 401
+
+
+def test_wrong_token_is_no_refused_session(make_app: Callable[..., Flask], log: Log) -> None:
+    """A wrong METRICS_TOKEN, or none, is a 401 with a challenge of its own, and counts as no refused token."""
+    http = make_app(metrics_token="0123456789abcdef").test_client()
+    right = {"Authorization": "Bearer 0123456789abcdef"}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {token()}"}):
+        answer = http.get("/metrics", headers=headers)
+        assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="metrics"')
+    assert "tokens_refused_total{" not in http.get("/metrics", headers=right).get_data(as_text=True)
+    assert log.names() == []
 
 
 def test_off(make_app: Callable[..., Flask]) -> None:
