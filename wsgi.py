@@ -9,7 +9,7 @@ import sys
 
 from app import create_app
 from app.config import Config, ConfigError
-from app.doctor import examine
+from app.doctor import examine_redis
 
 try:
     app = create_app(Config.from_env(os.environ))
@@ -17,6 +17,6 @@ except ConfigError as error:
     sys.exit(str(error))
 
 if __name__ == "__main__":
-    troubles = [finding for finding in examine(app.extensions["servers"]) if finding.level != "ok"]
+    troubles = [finding for finding in examine_redis(app) if finding.level != "ok"]
     print(*(trouble.text for trouble in troubles), sep="\n", end="")
-    sys.exit(any(trouble.level == "failure" for trouble in troubles))
+    sys.exit(any(trouble.fatal for trouble in troubles))

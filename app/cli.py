@@ -88,7 +88,7 @@ def pseudonym(value: str) -> None:
 def doctor_() -> None:
     """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
     failed = False
-    for finding in doctor.examine_app(current_app):
+    for finding in doctor.examine(current_app):
         click.echo(f"{finding.level:8} {finding.text}")
         failed |= finding.level == "failure"
     raise SystemExit(failed)

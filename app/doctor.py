@@ -1,5 +1,7 @@
 """The doctor: what has to be right before going live, and what about a Redis would lose sessions."""
 
+import functools
+import re
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -9,21 +11,51 @@ from typing import Any, NamedTuple
 import redis
 from flask import Flask
 
-from app.connection import Servers
+from app.config import Config
+from app.connection import POOL_SIZE
 from app.store import SessionNotFound, SessionStore, StoreUnavailable, TooManySessions
+
+UNSET = {
+    "metrics_token": "METRICS_TOKEN is not set: /metrics is open to all who reach the service; off removes it",
+    "jwt_issuer": "JWT_ISSUER is not set: who has issued a token is not checked",
+    "jwt_audience": "JWT_AUDIENCE is not set: tokens that were issued for other services are taken, too",
+    "trusted_proxies": "TRUSTED_PROXIES is 0: behind a proxy every session would have the proxy's address",
+}
+# What is behind the errors of a first attempt: a part of the error's text, and what to do.
+HINTS = {
+    "self[- ]signed|unable to get (local )?issuer": "set REDIS_CA_CERTS to its authority, or REDIS_TLS_VERIFY=off",
+    "mismatch|doesn't match": "its certificate is for another host: name that one in REDIS_URL",
+    "certificate has expired": "its certificate has to be renewed",
+    "wrong.version.number|record layer": "it does not speak TLS on this port: redis:// instead of rediss://",
+    "closed by server|reset by peer": "if it speaks TLS on this port: rediss:// instead of redis://",
+    "Timeout": "a firewall may be in the way, or only one of the two speaks TLS",
+    "to run the": "give the user the rights that the README lists under Operate",
+    "access one of the keys": "give the user the keys ~session*",
+    "invalid (username|password)|WRONGPASS": "user or password in REDIS_URL are wrong",
+    "Authentication required|NOAUTH": "REDIS_URL needs a password: redis://:password@host",
+    "DB index is out of range": "REDIS_URL ends in a database that is not there; 0 always is",
+    "MOVED|CLUSTERDOWN|cluster mode": "a cluster needs redis+cluster:// or rediss+cluster:// in REDIS_URL",
+    "READONLY|read only replica": "name the primary in REDIS_URL",
+    "No master found": "the path of REDIS_URL names the service that sentinels know",
+    "Name or service|name resolution|nodename|No address": "no such host: look at REDIS_URL",
+    "refused": "nothing listens there: look at host and port in REDIS_URL",
+    "max number of clients": "raise maxclients, or lower WEB_CONCURRENCY",
+}
 
 
 class Finding(NamedTuple):
-    """What an operator should know: `ok`, `warning`, or `failure`, which keeps the service from starting."""
+    """What an operator should know: `ok`, `warning` or `failure`. One that is `fatal` prevents a start."""
 
     level: str
     text: str
+    fatal: bool = False
 
 
-def examine_app(app: Flask) -> Iterator[Finding]:
+def examine(app: Flask) -> Iterator[Finding]:
     """All that has to be right: configuration, Redis, keys, and the life of a session of the subject `doctor`."""
     yield Finding("ok", "The configuration is complete")
-    yield from examine(app.extensions["servers"])
+    yield from (Finding("warning", text) for name, text in UNSET.items() if not getattr(app.extensions["config"], name))
+    yield from examine_redis(app)
     if app.extensions["keys"].loaded:
         yield Finding("ok", "Signing keys are loaded")
     else:
@@ -35,30 +67,46 @@ def examine_app(app: Flask) -> Iterator[Finding]:
         store.revoke("doctor", id)
         yield Finding("ok", "A session was opened, kept alive and revoked")
     except (StoreUnavailable, SessionNotFound, TooManySessions) as error:
-        reason = f"{type(error).__name__} {error}".strip()
+        reason = _with_hint(f"{type(error).__name__} {error}".strip())
         yield Finding("failure", f"A session could not be opened, kept alive and revoked: {reason}")
 
 
-def examine(servers: Servers) -> Iterator[Finding]:
+def examine_redis(app: Flask) -> Iterator[Finding]:
     """Ask every primary whether it is there and whether it would lose sessions, within the configured timeouts."""
+    config: Config = app.extensions["config"]
     try:
-        for client in servers.clients():
-            client.ping()  # opens the connection
-            seconds = median(repeat(client.ping, number=1, repeat=9))
+        for client in app.extensions["servers"].clients():
+            ask = functools.partial(_allowed, client.ping, redis.exceptions.NoPermissionError)
+            ask()  # opens the connection
+            seconds = median(repeat(ask, number=1, repeat=9))
             yield Finding("ok", f"Redis answers in {seconds * 1000:.2f} ms")
-            yield from _findings(_allowed(client.info), _allowed(lambda: client.config_get("save")))
-    except (redis.RedisError, OSError) as trouble:
-        yield Finding("warning", f"Redis does not answer: {type(trouble).__name__}: {trouble}")
+            info = _allowed(client.info)
+            in_cluster = (
+                info.get("cluster_enabled") or not info and _allowed(lambda: client.execute_command("CLUSTER MYID"))
+            )
+            if in_cluster and "+cluster:" not in config.redis_url:
+                text = "Redis is a cluster: REDIS_URL must begin with redis+cluster://, or rediss+cluster:// over TLS"
+                yield Finding("failure", text, fatal=True)
+            yield from _findings(info, _allowed(lambda: client.config_get("save")), config.web_concurrency)
+    except (redis.RedisError, OSError) as error:
+        yield Finding("failure", _with_hint(f"Redis does not answer: {type(error).__name__}: {error}"))
 
 
-def _findings(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]:
+def _findings(info: dict[str, Any], config: dict[str, Any], workers: int) -> Iterator[Finding]:
     if version := str(info.get("redis_version", "")):
         old = int(version.partition(".")[0]) < 7
-        yield Finding("failure" if old else "ok", f"Redis {version}" + " is too old: 7.0 or later is needed" * old)
+        text = f"Redis {version}" + " is too old: 7.0 or later is needed" * old
+        yield Finding("failure" if old else "ok", text, fatal=old)
+    if info.get("role") == "slave":
+        primary = f"{info.get('master_host')}:{info.get('master_port')}"
+        yield Finding("warning", f"Redis is a read-only replica: REDIS_URL must name the primary, {primary}")
     if "server_time_usec" in info:
         skew = abs(info["server_time_usec"] / 1e6 - time.time())
         # Expiries go by Redis's clock, tokens by ours.
         yield Finding("warning" if skew > 5 else "ok", f"Redis's clock is {skew:.1f} s off this one")
+    # While workers are replaced the old ones and the new ones have connections.
+    if (most := info.get("maxclients", 0)) and most < (needed := 2 * POOL_SIZE * workers):
+        yield Finding("warning", f"Redis takes {most} clients: {workers} workers may need {needed} while they restart")
     if policy := info.get("maxmemory_policy"):
         evicts = policy != "noeviction"
         text = f"Redis may evict live sessions: maxmemory-policy is {policy}, not noeviction"
@@ -73,9 +121,14 @@ def _findings(info: dict[str, Any], config: dict[str, Any]) -> Iterator[Finding]
             yield Finding("ok", f"Redis keeps its data {kept}; replicas: {replicas}")
 
 
-def _allowed(ask: Callable[[], Any]) -> dict[str, Any]:
+def _with_hint(trouble: str) -> str:
+    hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, trouble)), None)
+    return f"{trouble} ({hint})" if hint else trouble
+
+
+def _allowed(ask: Callable[[], Any], forbidden: type[redis.RedisError] = redis.ResponseError) -> Any:
     """An answer, or an empty one where a hosted Redis forbids the question."""
     try:
-        return ask()  # type: ignore[no-any-return]
-    except redis.ResponseError:
+        return ask()
+    except forbidden:
         return {}

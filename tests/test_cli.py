@@ -9,10 +9,8 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from app import create_app
-from app.config import Config
 from tests.conftest import SECRET, Caller
-from tests.servers import ROOT, RedisServer
+from tests.servers import ROOT
 
 
 def run(app: Flask, *words: str) -> Result:
@@ -103,59 +101,6 @@ def test_revoke_all(app: Flask, alice: Caller, bob: Caller) -> None:
     id = bob.open()
     assert run(app, "sessions", "revoke", "alice").output == "2 revoked\n"
     assert (alice.ids(), bob.ids()) == ([], [id])
-
-
-def test_doctor(app: Flask) -> None:
-    """The doctor finds nothing to fail on where all is well, and leaves no session behind."""
-    result = run(app, "doctor")
-    assert result.exit_code == 0, result.output
-    assert "A session was opened, kept alive and revoked" in result.output
-    assert all(line.split()[0] in ("ok", "warning") for line in result.output.splitlines())
-    assert Caller(app, "doctor").ids() == []
-
-
-@pytest.mark.usefixtures("gone")
-def test_doctor_without_redis(app: Flask) -> None:
-    """The doctor fails where no session can be opened."""
-    result = run(app, "doctor")
-    assert result.exit_code == 1
-    assert "failure  A session could not be opened" in result.output
-
-
-def test_doctor_at_the_limit(make_app: Callable[..., Flask]) -> None:
-    """The doctor fails in one line, too, where its sessions of before are still there."""
-    app = make_app(session_limit=1)
-    Caller(app, "doctor").open()
-    result = run(app, "doctor")
-    assert result.exit_code == 1
-    assert "failure  A session could not be opened, kept alive and revoked: TooManySessions\n" in result.output
-
-
-def test_doctor_on_redis(redis_server: RedisServer) -> None:
-    """The doctor has a line for each thing that it looked at, good news among them."""
-    app = create_app(Config(redis_url=redis_server.url, jwt_secret=(SECRET,), web_concurrency=1))
-    redis_server.client.config_set("appendonly", "yes")
-    output = run(app, "doctor").output
-    redis_server.client.config_set("appendonly", "no")
-    app.extensions["servers"].clients()[0].connection_pool.disconnect()
-    for line in (
-        "The configuration is complete",
-        "Redis answers in ",
-        f"Redis {redis_server.client.info()['redis_version']}",
-        "Redis's clock is ",
-        "Redis evicts nothing",
-        "Redis keeps its data on disk; replicas: 0",
-        "Signing keys are loaded",
-        "A session was opened, kept alive and revoked",
-    ):
-        assert f"ok       {line}" in output
-
-
-def test_doctor_without_keys(make_app: Callable[..., Flask]) -> None:
-    """The doctor fails where no signing key can be loaded."""
-    result = run(make_app(jwt_secret=(), jwt_jwks_url="http://127.0.0.1:9/"), "doctor")
-    assert result.exit_code == 1
-    assert "failure  No signing key" in result.output
 
 
 def test_pseudonym(app: Flask) -> None:

@@ -11,7 +11,7 @@ from redis.exceptions import MovedError
 from app import create_app
 from app.config import Config
 from app.connection import POOL_SIZE, Cluster, OnePrimary, connect
-from app.doctor import examine
+from app.doctor import examine_redis
 from tests.conftest import SECRET, Caller
 from tests.servers import free_port, required, running, until
 
@@ -88,7 +88,7 @@ def test_sentinel_service_unknown(sentinel_url: str) -> None:
     """Where no sentinel knows the service the answer is a 500, and the look at the start says so."""
     app = create_app(config(sentinel_url.replace("/main/", "/other/")))
     assert Caller(app).get("/sessions").status_code == 500
-    assert any("No master found" in finding.text for finding in examine(app.extensions["servers"]))
+    assert any("No master found" in finding.text for finding in examine_redis(app))
 
 
 def test_cluster(cluster_url: str) -> None:
