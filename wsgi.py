@@ -7,14 +7,18 @@ keeps the service from starting.
 import os
 import sys
 
-from app import create_app
+import click
+
+from app import cli, create_app
 from app.config import Config, ConfigError
 from app.doctor import examine_redis
 
 try:
     app = create_app(Config.from_env(os.environ))
 except ConfigError as error:
-    sys.exit(str(error))
+    if click.get_current_context(silent=True) is None:
+        sys.exit(str(error))
+    app = cli.commands_only(error)  # `flask --app wsgi`, whose commands say themselves what they lack
 
 if __name__ == "__main__":
     troubles = [finding for finding in examine_redis(app) if finding.level != "ok"]

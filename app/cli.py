@@ -1,18 +1,20 @@
 """Commands for operators and developers, under `flask --app wsgi`."""
 
+import json
 import logging
 import time
 from typing import Any
 
 import click
 import jwt
-from flask import Blueprint, current_app
-from flask.cli import AppGroup
+from flask import Blueprint, Flask, current_app
+from flask.cli import AppGroup, with_appcontext
 
 from app import doctor, events
 from app.auth import LONGEST_SUBJECT
-from app.config import Config
+from app.config import Config, ConfigError
 from app.responses import rfc3339
+from app.schemas import SessionSchema
 from app.sessions import store
 from app.store import SessionNotFound, StoreUnavailable
 
@@ -21,12 +23,31 @@ bp = Blueprint("cli", __name__, cli_group=None)
 logging.getLogger("app").addHandler(logging.NullHandler())
 
 
+def commands_only(error: ConfigError) -> Flask:
+    """An app for commands, made of what is left of a refused environment; it answers no request."""
+    app = Flask("app")
+    app.register_blueprint(bp)
+    app.extensions.update(config=error.config, problems=error.problems)
+
+    @app.before_request
+    def refuse() -> None:
+        raise error
+
+    return app
+
+
+def _problems() -> list[str]:
+    return current_app.extensions.get("problems", [])  # type: ignore[no-any-return]
+
+
 @bp.cli.command()
 @click.argument("subject")
 @click.option("--seconds", default=86400, show_default=True, help="How long the token is valid.")
 def token(subject: str, seconds: int) -> None:
     """Print a token for SUBJECT, for development: only with JWT_SECRET."""
     config: Config = current_app.extensions["config"]
+    if problems := [each for each in _problems() if each.startswith("JWT_")]:
+        raise click.ClickException("; ".join(problems))
     if not config.jwt_secret:
         raise click.ClickException("only the issuer can sign tokens; JWT_SECRET is not set")
     if not 0 < len(subject) <= LONGEST_SUBJECT:
@@ -48,18 +69,31 @@ class OneLineErrors(AppGroup):
 
 
 @bp.cli.group(cls=OneLineErrors)
+@with_appcontext
 def sessions() -> None:
     """See and end the sessions of a subject."""
+    if problems := _problems():
+        raise click.ClickException("; ".join(problems))
 
 
 @sessions.command("list")
 @click.argument("subject")
-def list_sessions(subject: str) -> None:
-    """Print SUBJECT's live sessions, the most recently active first."""
-    for session in store().list(subject):
-        described = [session.login_method, session.device_name, session.ip_address, session.location]
-        times = f"active {rfc3339(session.last_activity_ms)}  expires {rfc3339(session.expires_at_ms)}"
-        click.echo(_printable(f"{session.id}  {times}  {', '.join(filter(None, described))}"))
+@click.option("--json", "as_json", is_flag=True, help="Print them as GET /sessions does.")
+def list_sessions(subject: str, as_json: bool) -> None:
+    """Print SUBJECT's live sessions, the most recently active first; exit code 1 where there is none."""
+    found = store().list(subject)
+    if as_json:
+        click.echo(json.dumps(SessionSchema(many=True).dump(found)))
+    elif found:
+        click.echo(
+            f"{'session':32}  {'started':24}  {'last active':24}  {'expires':24}  login, device, address, location"
+        )
+        for each in found:
+            times = "  ".join(map(rfc3339, [each.started_at_ms, each.last_activity_ms, each.expires_at_ms]))
+            described = [each.login_method, each.device_name, each.ip_address, each.location]
+            click.echo(_printable(f"{each.id:32}  {times}  {', '.join(filter(None, described))}"))
+    click.echo(f"live sessions: {len(found)}", err=as_json)
+    raise SystemExit(not found)
 
 
 @sessions.command()
@@ -77,10 +111,13 @@ def revoke(subject: str, id: str | None) -> None:
     click.echo("1 revoked")
 
 
-@bp.cli.command()
+@bp.cli.command(context_settings={"ignore_unknown_options": True})  # ids may begin with -
 @click.argument("value")
 def pseudonym(value: str) -> None:
     """Print what stands in the logs for VALUE, a subject or a session id."""
+    config: Config = current_app.extensions["config"]
+    if not (config.log_key or config.jwt_secret or config.redis_url):
+        raise click.ClickException("LOG_KEY or JWT_SECRET must be set, as the service has it")
     click.echo(events.pseudonym(value))
 
 
@@ -88,7 +125,8 @@ def pseudonym(value: str) -> None:
 def doctor_() -> None:
     """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
     failed = False
-    for finding in doctor.examine(current_app):
+    refused = [doctor.Finding("failure", problem) for problem in _problems()]
+    for finding in refused or doctor.examine(current_app):
         click.echo(f"{finding.level:8} {finding.text}")
         failed |= finding.level == "failure"
     raise SystemExit(failed)

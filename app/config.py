@@ -64,11 +64,12 @@ TIMEOUT = "must be a number of seconds from 0.05 to 0.5"
 
 
 class ConfigError(ValueError):
-    """The environment is refused; `str()` names every problem, a line each."""
+    """The environment is refused; `str()` names every problem, a line each. `config` is what the rest of it says."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: list[str], config: "Config") -> None:
         super().__init__("Refused configuration:\n" + "\n".join(f"  {p}" for p in problems))
         self.problems = problems
+        self.config = config
 
 
 def whole_number(least: int, most: int) -> Integer:
@@ -230,7 +231,7 @@ class Config:
         config = cls(**{name.lower(): value for name, value in loaded.items()})
         problems += config._conflicts(given.keys())
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(problems, config)
         return config
 
     def _conflicts(self, given: Set[str]) -> Iterator[str]:
@@ -268,8 +269,11 @@ class Config:
 
     @property
     def pseudonym_key(self) -> bytes:
-        """The key of the hashes in logs: the same in every worker, and only as secret as what it is made from."""
-        return (self.log_key or " ".join(["log", self.redis_url, *self.jwt_secret])).encode()
+        """The key of the hashes in logs: the same in every worker, and only as secret as what it is made from.
+
+        A hosted Redis gets new credentials now and then, so its URL plays a part only where there is no secret.
+        """
+        return (self.log_key or " ".join(["log", *(self.jwt_secret or [self.redis_url])])).encode()
 
     @property
     def algorithms(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The commands under `flask --app wsgi`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
+from app.cli import commands_only
+from app.config import Config, ConfigError
 from tests.conftest import SECRET, Caller
 from tests.servers import ROOT
 
@@ -49,15 +52,107 @@ def test_token_of_an_issuer(make_app: Callable[..., Flask]) -> None:
 def test_list(app: Flask, alice: Caller, bob: Caller) -> None:
     """A subject's sessions are listed with what is known of them, and nobody else's."""
     id, other = alice.open(deviceName="Tablet"), bob.open()
-    output = run(app, "sessions", "list", "alice").output
-    assert id in output and "Tablet" in output and other not in output
+    head, line, count = run(app, "sessions", "list", "alice").output.splitlines()
+    assert head.split() == [
+        "session",
+        "started",
+        "last",
+        "active",
+        "expires",
+        "login,",
+        "device,",
+        "address,",
+        "location",
+    ]
+    [session] = alice.get("/sessions").json["sessions"]
+    times = [session["startedAt"], session["lastActivity"], session["expiresAt"]]
+    assert line.split() == [id, *times, "token,", "Tablet,", "127.0.0.1"]
+    assert [head.index(word) for word in ("started", "last active", "expires")] == [line.index(times[0]), 60, 86]
+    assert count == "live sessions: 1"
+    assert other not in line
+
+
+def test_list_as_json(app: Flask, alice: Caller) -> None:
+    """The list is there as JSON for programs, in the words of the API."""
+    alice.open(deviceName="Tablet"), alice.open()
+    result = run(app, "sessions", "list", "alice", "--json")
+    assert json.loads(result.stdout) == alice.get("/sessions").json["sessions"]
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("options, stdout", [((), "live sessions: 0\n"), (("--json",), "[]\n")])
+def test_list_of_nobody(app: Flask, options: tuple[str, ...], stdout: str) -> None:
+    """Where there is no session to list the exit code is 1."""
+    result = run(app, "sessions", "list", "nobody", *options)
+    assert (result.exit_code, result.stdout) == (1, stdout)
+
+
+def commands_in(environ: dict[str, str], *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `flask --app wsgi` in an environment."""
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", *words]
+    environ = {"PATH": os.environ["PATH"], **environ}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
+SECRETS = "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, none is"
+
+
+@pytest.mark.parametrize(
+    "command, error",
+    [
+        (["token", "alice"], SECRETS),
+        (["pseudonym", "alice"], "LOG_KEY or JWT_SECRET must be set, as the service has it"),
+        (["sessions", "list", "alice"], f"REDIS_URL: must be set; {SECRETS}"),
+        (["sessions", "revoke", "alice"], f"REDIS_URL: must be set; {SECRETS}"),
+    ],
+)
+def test_empty_environment(command: list[str], error: str) -> None:
+    """In an empty environment a command says in one line what it lacks."""
+    assert commands_in({}, *command) == (1, "", f"Error: {error}\n")
+
+
+def test_help_in_an_empty_environment() -> None:
+    """The commands are listed in an empty environment."""
+    code, stdout, stderr = commands_in({}, "--help")
+    assert (code, stderr) == (0, "")
+    assert all(f"\n  {name} " in stdout for name in ("doctor", "pseudonym", "sessions", "token"))
+
+
+def test_doctor_in_an_empty_environment() -> None:
+    """The doctor has a line for each variable that is missing."""
+    lines = [f"failure  {problem}\n" for problem in ("REDIS_URL: must be set", SECRETS)]
+    assert commands_in({}, "doctor") == (1, "".join(lines), "")
+
+
+def test_token_with_a_bad_secret() -> None:
+    """Where the secret is refused the token command says why, without repeating it."""
+    error = "Error: JWT_SECRET: every secret must have 32 bytes or more\n"
+    assert commands_in({"JWT_SECRET": "hunter2"}, "token", "alice") == (1, "", error)
+
+
+def test_without_redis_url(app: Flask) -> None:
+    """A secret is all that `token` and `pseudonym` need; their output is that of the whole service."""
+    code, stdout, stderr = commands_in({"JWT_SECRET": SECRET}, "token", "alice")
+    assert (code, stderr) == (0, "")
+    caller = Caller(app)
+    caller.headers = {"Authorization": f"Bearer {stdout.strip()}"}
+    assert caller.get("/sessions").status_code == 200
+    assert commands_in({"JWT_SECRET": SECRET}, "pseudonym", "alice") == (0, run(app, "pseudonym", "alice").output, "")
+
+
+def test_served_without_configuration() -> None:
+    """The app that commands get for a refused environment answers no request with anything but a failure."""
+    with pytest.raises(ConfigError) as refusal:
+        Config.from_env({})
+    assert commands_only(refusal.value).test_client().get("/sessions").status_code == 500
 
 
 def test_list_what_cannot_be_printed(app: Flask, alice: Caller) -> None:
     """What a device calls itself moves no cursor and makes no line of its own."""
     alice.open(deviceName="Tab\x1b[2Jlet\nroot")
     output = run(app, "sessions", "list", "alice").output
-    assert output.endswith("Tab\ufffd[2Jlet\ufffdroot, 127.0.0.1\n") and output.count("\n") == 1
+    assert output.splitlines()[1].endswith("Tab\ufffd[2Jlet\ufffdroot, 127.0.0.1") and output.count("\n") == 3
 
 
 @pytest.fixture
@@ -80,11 +175,10 @@ def test_sessions_without_redis(app: Flask, command: list[str]) -> None:
 
 def test_nothing_beside_the_one_line() -> None:
     """In a terminal, where no log is configured, no line of a log stands beside it."""
-    environ = {"PATH": os.environ["PATH"], "REDIS_URL": "redis://127.0.0.1:1", "JWT_SECRET": SECRET}
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", "sessions", "list", "alice"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("Error: Redis is in trouble: ConnectionError: ")
+    environ = {"REDIS_URL": "redis://127.0.0.1:1", "JWT_SECRET": SECRET}
+    code, stdout, stderr = commands_in(environ, "sessions", "list", "alice")
+    assert (code, stdout, stderr.count("\n")) == (1, "", 1)
+    assert stderr.startswith("Error: Redis is in trouble: ConnectionError: ")
 
 
 def test_revoke_one(app: Flask, alice: Caller) -> None:
@@ -93,6 +187,13 @@ def test_revoke_one(app: Flask, alice: Caller) -> None:
     assert run(app, "sessions", "revoke", "alice", "--id", id).output == "1 revoked\n"
     assert alice.ids() == [other]
     assert run(app, "sessions", "revoke", "alice", "--id", id).exit_code == 1
+
+
+@pytest.mark.parametrize("id", ["-" + "A" * 31, "--" + "A" * 30])
+def test_id_with_hyphens(app: Flask, id: str) -> None:
+    """An id that begins with hyphens is not taken for an option."""
+    assert run(app, "sessions", "revoke", "alice", "--id", id).output == "Error: there is no such session\n"
+    assert run(app, "pseudonym", id).exit_code == 0
 
 
 def test_revoke_all(app: Flask, alice: Caller, bob: Caller) -> None:
