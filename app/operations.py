@@ -17,19 +17,25 @@ POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# Relative addresses, so that the page works behind a proxy that serves it under a prefix.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>session-heartbeat</title>
-<link rel="icon" href="/docs/favicon-32x32.png">
-<link rel="stylesheet" href="/docs/swagger-ui.css">
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+<link rel="stylesheet" href="docs/page.css">
 <div id="swagger-ui"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
 </html>
 """
 # The validator is a service elsewhere.
-START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", validatorUrl: null})'
+START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", validatorUrl: null, defaultModelsExpandDepth: 0})'
+# There is one server and there are no links; without these a phone shows everything in its own width.
+STYLE = """.swagger-ui .servers, .swagger-ui .servers-title, .swagger-ui .response-col_links { display: none }
+"""
 
 bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
 
@@ -66,3 +72,9 @@ def docs() -> APIResponse:
 def start() -> APIResponse:
     """The page's own script, since its policy permits none inside it."""
     return APIResponse(START, mimetype="text/javascript")
+
+
+@bp.get("/docs/page.css")
+def style() -> APIResponse:
+    """What the page shows otherwise than Swagger UI does."""
+    return APIResponse(STYLE, mimetype="text/css")

@@ -97,7 +97,9 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     current_app.extensions["metrics"].opened.inc()
     emit("session_opened", session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
-    return body, 201, {"Location": url_for("sessions.get_session", id=session.id)}
+    seconds = (session.expires_at_ms - session.last_activity_ms) // 1000
+    location = url_for("sessions.get_session", id=session.id)
+    return body, 201, {"Location": location, "Session-Expires-In": str(seconds)}
 
 
 @bp.get("/<session_id:id>")

@@ -39,7 +39,7 @@ class Browser:
 
     def find(self, selector: str) -> WebElement:
         """The first element that a CSS selector matches, waited for until it can be seen."""
-        wait = WebDriverWait(self.driver, 10)
+        wait = WebDriverWait(self.driver, 10, poll_frequency=0.05)
         return wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, selector)))
 
     def complaints(self) -> list[str]:

@@ -2,10 +2,13 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
-from urllib.request import Request, urlopen
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urljoin
 
 import pytest
+import requests
 from flask import Flask
 
 from tests.browser import Browser
@@ -36,14 +39,16 @@ def test_policy(app: Flask) -> None:
 def test_own_files(app: Flask) -> None:
     """All that the page links to is served with its own type, and not to be taken for another."""
     http = app.test_client()
-    served = {path: http.get(path, buffered=True) for path in re.findall(LINKS, http.get("/docs").text)}
+    links = re.findall(LINKS, http.get("/docs").text)
+    served = {path: http.get(urljoin("/docs", path), buffered=True) for path in links}
     assert {path: response.status_code for path, response in served.items()} == dict.fromkeys(served, 200)
     types = {path: response.mimetype.replace("application/java", "text/java") for path, response in served.items()}
     assert types == {
-        "/docs/favicon-32x32.png": "image/png",
-        "/docs/swagger-ui.css": "text/css",
-        "/docs/swagger-ui-bundle.js": "text/javascript",
-        "/docs/start.js": "text/javascript",
+        "docs/favicon-32x32.png": "image/png",
+        "docs/swagger-ui.css": "text/css",
+        "docs/page.css": "text/css",
+        "docs/swagger-ui-bundle.js": "text/javascript",
+        "docs/start.js": "text/javascript",
     }
     assert {response.headers["X-Content-Type-Options"] for response in served.values()} == {"nosniff"}
 
@@ -55,7 +60,7 @@ def test_no_address_outside(app: Flask) -> None:
     page, start = http.get("/docs").text, http.get("/docs/start.js").text
     assert "//" not in page + start
     assert "<script>" not in page
-    assert 'url: "/openapi.json"' in start
+    assert 'url: "openapi.json"' in start
     assert "validatorUrl: null" in start
 
 
@@ -78,17 +83,58 @@ def test_wrong_method(alice: Caller, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(redis_server: RedisServer) -> Iterator[str]:
+def service(redis_server: RedisServer) -> Iterator[str]:
     """The address of the service as it is run."""
     with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}) as url:
         yield url
 
 
+class Prefix(BaseHTTPRequestHandler):
+    """A proxy that serves a service under /prefix, and nothing else."""
+
+    protocol_version = "HTTP/1.1"
+    service = ""
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        kept = {name: value for name, value in self.headers.items() if name in ("Authorization", "Content-Type")}
+        if not self.path.startswith("/prefix/"):
+            return self.send_error(404)
+        answer = requests.request(
+            self.command, self.service + self.path.removeprefix("/prefix"), headers=kept, data=self.rfile.read(length)
+        )
+        self.send_response(answer.status_code)
+        for name in ("Content-Type", "Content-Security-Policy"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["", "/prefix"], ids=["at the root", "under a prefix"])
+def url(request: pytest.FixtureRequest, service: str) -> Iterator[str]:
+    """The address under which a browser reaches the service."""
+    if not request.param:
+        yield service
+        return
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (Prefix,), {"service": service})) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}{request.param}"
+        proxy.shutdown()
+
+
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Browser]:
-    """A browser that shows the page; afterwards, that nothing of it was refused and nobody else was asked."""
+    """A browser that shows the page; afterwards, that nothing of it was refused and no other server was asked."""
     browser.complaints(), browser.requests()
     browser.driver.get(f"{url}/docs")
+    browser.find(".opblock")
     yield browser
     assert browser.complaints() == []
     asked = [address for _, address in browser.requests()]
@@ -96,53 +142,104 @@ def page(browser: Browser, url: str) -> Iterator[Browser]:
     assert [address for address in asked if not address.startswith(f"{url}/")] == []
 
 
-def ask(method: str, url: str) -> str:
-    with urlopen(Request(url, method=method, headers={"Authorization": f"Bearer {token()}"}), timeout=10) as response:
-        return response.read().decode()
+root_only = pytest.mark.parametrize("url", [""], indirect=True)
+
+
+@pytest.fixture
+def phone(browser: Browser) -> Iterator[None]:
+    """The browser as a phone of 390 pixels."""
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield
+    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def paste(page: Browser, selector: str, text: str) -> None:
+    """Put a text into a field all at once: the page works anew at each key."""
+    page.find(selector).click()
+    page.driver.execute_cdp_cmd("Input.insertText", {"text": text})
 
 
 def authorise(page: Browser) -> None:
     """Paste a token into the page's dialog."""
     page.find(".auth-wrapper .authorize").click()
-    page.find(".modal-ux input").send_keys(token())
+    paste(page, ".modal-ux input", token())
     page.find(".modal-ux .authorize").click()
     page.find(".modal-ux .btn-done").click()
 
 
-def heartbeat(page: Browser, id: str) -> tuple[str, str]:
-    """Try out a heartbeat; gives the status and the body that the page then shows."""
-    page.find("#operations-sessions-heartbeat .opblock-summary-control").click()
-    page.find("#operations-sessions-heartbeat .try-out__btn").click()
-    page.find("#operations-sessions-heartbeat input[placeholder=id]").send_keys(id)
-    page.find("#operations-sessions-heartbeat .execute").click()
-    status = page.find("#operations-sessions-heartbeat .live-responses-table tbody .response-col_status").text
-    return status, page.find("#operations-sessions-heartbeat .live-responses-table .highlight-code code").text
+def unfold(page: Browser, operation: str) -> str:
+    """Unfold an endpoint for trying it out; gives the CSS selector of its block."""
+    block = f"#operations-sessions-{operation}"
+    page.find(f"{block} .opblock-summary-control").click()
+    page.find(f"{block} .try-out__btn").click()
+    page.find(f"{block} .execute")
+    return block
 
 
+def execute(page: Browser, operation: str, id: str = "") -> tuple[str, dict]:
+    """Try out an endpoint with what the page has filled in, and an id; gives the status and body that it then shows."""
+    block = unfold(page, operation)
+    if id:
+        paste(page, f"{block} input[placeholder=id]", id)
+    page.find(f"{block} .execute").click()
+    status = page.find(f"{block} .live-responses-table tbody .response-col_status").text.split()[0]
+    return status, json.loads(page.find(f"{block} .live-responses-table .highlight-code code").text)
+
+
+def document(url: str) -> dict:
+    return requests.get(f"{url}/openapi.json").json()
+
+
+@root_only
 def test_shows_every_endpoint(page: Browser, url: str) -> None:
     """The page lists every endpoint of the document."""
-    paths = json.loads(ask("GET", f"{url}/openapi.json"))["paths"]
-    page.find(".opblock")
+    paths = document(url)["paths"]
     shown = [each.text.split()[:2] for each in page.driver.find_elements("css selector", ".opblock-summary-control")]
     assert sorted(shown) == sorted([method.upper(), path] for path in paths for method in paths[path])
 
 
-def test_unfolds(page: Browser) -> None:
-    """Every endpoint and every schema unfolds, and the page finds no fault with the document."""
-    page.find(".opblock")
-    for fold in page.driver.find_elements(
-        "css selector", ".opblock-summary-control, .json-schema-2020-12-expand-deep-button"
-    ):
-        fold.click()
+UNFOLD = """
+    document.querySelector(".models-control").click()
+    const folds = ".opblock-summary-control, .json-schema-2020-12-expand-deep-button"
+    setTimeout(() => document.querySelectorAll(folds).forEach((each) => each.click()))
+"""
+
+
+@root_only
+def test_phone(phone: None, page: Browser) -> None:
+    """On a phone every endpoint and every schema unfolds, no wider than the screen, and the document has no fault."""
+    page.driver.execute_script(UNFOLD)
     page.find("#operations-operations-docs .responses-table")
+    page.find(".json-schema-2020-12-property")
+    assert len(page.driver.find_elements("css selector", ".opblock.is-open")) == len(
+        page.driver.find_elements("css selector", ".opblock")
+    )
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
     assert page.driver.find_elements("css selector", ".errors-wrapper") == []
 
 
-def test_try_it_out(page: Browser, url: str) -> None:
-    """With a token pasted into the dialog a heartbeat can be tried on the page, and keeps the session alive."""
-    id = re.search('"id": "([^"]+)"', ask("POST", f"{url}/sessions"))[1]
+@root_only
+def test_filled_in(page: Browser) -> None:
+    """What the page fills in names no idle timeout and no session, so that whoever tries it out gets no surprise."""
+    filled_in = {}
+    for operation in ("open_session", "heartbeat", "get_session", "revoke", "revoke_all"):
+        block = unfold(page, operation)
+        inputs = page.driver.find_elements("css selector", f"{block} input, {block} textarea")
+        filled_in[operation] = [each.get_attribute("value") for each in inputs]
+    [opened] = filled_in.pop("open_session")
+    assert set(json.loads(opened)) == {"deviceName", "location"}
+    assert filled_in == {"heartbeat": [""], "get_session": [""], "revoke": [""], "revoke_all": ["{}"]}
+
+
+def test_try_it_out(page: Browser) -> None:
+    """With a token pasted into the dialog a session can be opened, kept alive and ended on the page."""
     authorise(page)
-    status, body = heartbeat(page, id)
-    assert status == "200"
-    expiry = re.search('"newExpiry": "([^"]+)"', body)[1]
-    assert f'"expiresAt": "{expiry}"' in ask("GET", f"{url}/sessions/{id}")
+    status, opened = execute(page, "open_session")
+    assert status == "201"
+    id = opened["session"]["id"]
+    status, renewed = execute(page, "heartbeat", id)
+    assert (status, renewed["newExpiry"] >= opened["session"]["expiresAt"]) == ("200", True)
+    assert execute(page, "revoke", id) == ("200", {"success": True, "message": "Session revoked successfully"})
+    status, listed = execute(page, "list_sessions")
+    assert (status, id in str(listed)) == ("200", False)
