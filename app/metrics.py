@@ -4,11 +4,10 @@ from hmac import compare_digest
 
 from flask import Blueprint, Request, Response, current_app, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Unauthorized
 
 from app import metric_files
 from app.auth import TokenMissing, bearer_token
+from app.errors import TOKEN_INVALID, TOKEN_MISSING, error
 
 bp = Blueprint("metrics", __name__)
 
@@ -81,15 +80,17 @@ class Metrics:
 def metrics() -> Response:
     """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
     config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
-    if config.metrics_token and not _authorized(config.metrics_token):
-        raise Unauthorized(www_authenticate=WWWAuthenticate("bearer", {"realm": "metrics"}))
+    if config.metrics_token and (sentence := _refused(config.metrics_token)):
+        return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
     counted.keys_fetched.set(current_app.extensions["keys"].fetched_at)
     registry = metric_files.of_all_workers() or counted.registry
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
 
 
-def _authorized(token: str) -> bool:
+def _refused(token: str) -> str | None:
+    """What is wrong with the caller's token. It is none of an issuer's, and so not counted with those."""
     try:
-        return compare_digest(bearer_token(request.environ).encode(), token.encode())
+        given = bearer_token(request.environ)
     except TokenMissing:
-        return False
+        return TOKEN_MISSING
+    return None if compare_digest(given.encode(), token.encode()) else TOKEN_INVALID
