@@ -230,7 +230,7 @@ def test_large_body_that_is_not_read(port: int, path: str, status: int, rest: by
     """A refusal whose body is large, unfinished or broken says that it closes the connection, and does, soon."""
     began = time.monotonic()
     refused(exchange(port, f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode() + rest), status)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 def test_body_that_comes_too_late(port: int) -> None:
