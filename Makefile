@@ -1,4 +1,5 @@
-# make run       the service on port 8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
+# make run       the service on localhost:8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
+# make token     a token for that service, as in: make token SUBJECT=bob
 # make test      style, types and the whole suite
 # make quick     the tests on the in-process store and those of the service under gunicorn, in half a minute
 # make faults    the long tests: failovers, slow clients, races, each with its figures
@@ -16,31 +17,61 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hash
 PIN := $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --no-strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --pip-args '--uploaded-prior-to P7D' setup.cfg
 
-.PHONY: help run test quick faults check bench pins outdated
+.PHONY: help run token test quick faults check bench pins outdated
 .ONESHELL:
 .SHELLFLAGS := -ec
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
+# What the environment does not say is taken from .env, line by line as docker does; without REDIS_URL sessions are kept
+# in the process, and without a key of an issuer tokens are signed with a secret that is kept in $(VENV).
+define DEVELOPMENT
+if [ -f .env ]; then
+    while IFS= read -r line || [ -n "$$line" ]; do
+        name="$${line%%=*}"
+        case "$$name" in '' | *[!A-Z0-9_]*) continue ;; esac
+        [ -n "$$(printenv "$$name")" ] || export "$$line"
+    done < .env
+fi
+export FLASK_SKIP_DOTENV=1 REDIS_URL="$${REDIS_URL:-memory://}"
+store="$${REDIS_TLS_URL:-$$REDIS_URL}"
+case "$$store" in memory:*) export WEB_CONCURRENCY=1 ;; esac
+if [ -z "$$JWT_SECRET$$JWT_PUBLIC_KEY$$JWT_JWKS_URL" ]; then
+    [ -s $(VENV)/secret ] || (umask 077; $(BIN)/python -c 'import secrets; print(secrets.token_hex(32))' > $(VENV)/secret)
+    export JWT_SECRET="$$(cat $(VENV)/secret)"
+fi
+endef
+FREE_PORT := import socket, sys; \
+	print(next(p for p in range(int(sys.argv[1]), 65536) if socket.socket().connect_ex(("127.0.0.1", p))))
+
 run: $(VENV)/run
-	@export REDIS_URL="$${REDIS_URL:-memory://}"
-	case "$${REDIS_TLS_URL:-$$REDIS_URL}" in memory:*) export WEB_CONCURRENCY=1 ;; esac
-	if [ -z "$$JWT_SECRET$$JWT_PUBLIC_KEY$$JWT_JWKS_URL" ]; then
-	    export JWT_SECRET="$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))')"
-	fi
+	@$(DEVELOPMENT)
+	$(BIN)/python wsgi.py
+	port="$${PORT:-8000}"
+	free="$$($(BIN)/python -c '$(FREE_PORT)' "$$port")"
+	if [ "$$port" != "$$free" ]; then echo "Port $$port is in use. Try: make run PORT=$$free"; exit 1; fi
+	case "$$store" in
+	    memory:*) echo "Sessions are kept in the process and end with it: REDIS_URL is not set" ;;
+	    *) echo "Sessions are kept in $${store%%://*}://$${store##*@}" ;;
+	esac
 	token="<a token of your issuer>"
 	if [ -n "$$JWT_SECRET" ]; then token="$$($(BIN)/flask --app wsgi token alice)"; fi
-	sessions="http://localhost:$${PORT:-8000}/sessions"
+	sessions="http://localhost:$$port/sessions"
 	post='curl -s -X POST -H "$$AUTH"'
 	printf '%s\n' '' 'Paste this into another terminal:' '' \
 	    "AUTH=\"Authorization: Bearer $$token\"" \
-	    "ID=\$$($$post $$sessions | cut -d '\"' -f 12); echo \$$ID" \
+	    "OPENED=\$$($$post $$sessions); echo \"\$$OPENED\"" \
+	    "ID=\$$(echo \"\$$OPENED\" | cut -d '\"' -f 12)" \
 	    "$$post $$sessions/\$$ID/heartbeat; echo" \
 	    "curl -s -H \"\$$AUTH\" $$sessions; echo" \
 	    "$$post $$sessions/\$$ID/revoke; echo" \
 	    "$$post $$sessions/\$$ID/heartbeat; echo" ''
-	exec $(BIN)/gunicorn wsgi:app
+	exec $(BIN)/gunicorn --bind "127.0.0.1:$$port" wsgi:app
+
+token: $(VENV)/run
+	@$(DEVELOPMENT)
+	$(BIN)/flask --app wsgi token -- "$${SUBJECT:?must be named, as in: make token SUBJECT=bob}"
 
 # More workers than cores, because the tests often wait; then what measures time, by itself.
 test: check
@@ -72,6 +103,7 @@ outdated: $(VENV)/dev
 # The pins for running stand among those for developing, in the same versions.
 $(VENV)/run: requirements.txt
 	@$(NEW_VENV)
+	echo "Installing into $(VENV), this once. It takes about a minute."
 	$(INSTALL) $<
 	touch $@
 

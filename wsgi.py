@@ -22,5 +22,6 @@ except ConfigError as error:
 
 if __name__ == "__main__":
     troubles = [finding for finding in examine_redis(app) if finding.level != "ok"]
-    print(*(trouble.text for trouble in troubles), sep="\n", end="")
+    for trouble in troubles:
+        print(trouble.text)
     sys.exit(any(trouble.fatal for trouble in troubles))

@@ -141,7 +141,7 @@ def test_version(version: str, code: int) -> None:
     """A Redis below 7.0 is refused with exit code 1 and one line that names its version."""
     with old_redis(version) as url:
         looked = run(url, "wsgi")
-    expected = f"Redis {version} is too old: 7.0 or later is needed" if code else ""
+    expected = f"Redis {version} is too old: 7.0 or later is needed\n" if code else ""
     assert (looked.returncode, looked.stdout, looked.stderr) == (code, expected, "")
 
 
