@@ -51,6 +51,14 @@ FAILED = (500, "Internal server error")
 OUR_FAULT = (errors.ConfigurationProblem, errors.InvalidResponseHeader, errors.InvalidResponseHeaderName)
 
 
+def give_way():
+    """Let the other connections have their turn, in 7 microseconds.
+
+    Not by sleep(0): gevent then looks for what has arrived only after fifty such turns or five milliseconds.
+    """
+    gevent.sleep(1e-6)
+
+
 class Unreader(SocketUnreader):
     """Reads a connection. Gives way before every read but the first one of a request."""
 
@@ -61,7 +69,7 @@ class Unreader(SocketUnreader):
         """Bytes from the socket; empty at its end. Raises TimeoutError at the deadline of the head."""
         self.interrupted = True
         if self._reads:
-            gevent.sleep(0)
+            give_way()
         self._reads += 1
         if self._deadline is not None:
             self.sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
@@ -219,7 +227,7 @@ def linger(sock):
         left = LINGER_BYTES
         while left > 0 and (data := sock.recv(65536)):
             left -= len(data)
-            gevent.sleep(0)
+            give_way()
 
 
 class Worker(GeventWorker):
