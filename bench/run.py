@@ -1,4 +1,4 @@
-"""Measures the heartbeat against an empty route and a plain heartbeat, in about three minutes, on loopback only.
+"""Measures the heartbeat against empty routes and a plain heartbeat, in about three minutes, on loopback only.
 
     python bench/run.py [--json] [--smoke]
 
@@ -6,10 +6,10 @@ Needs wrk and redis-server. Prints a table, or JSON with --json; --smoke only sh
 """
 
 import argparse
+import http.client
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -17,7 +17,8 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,22 @@ SUBJECT = "bench"
 SECRET = "a-secret-for-the-benchmark-and-nothing-else"
 
 
-class Service:
-    """One WSGI app under the project's gunicorn.conf.py."""
+OURS = ("-c", str(ROOT / "gunicorn.conf.py"))
+# What a plain install does. The folder of the service is another one: gunicorn would find our gunicorn.conf.py.
+STOCK = ("-k", "gevent", "--http-parser", "python", "--no-control-socket")
 
-    def __init__(self, stack: ExitStack, app: str, **environ: str) -> None:
+
+class Service:
+    """One WSGI app under gunicorn."""
+
+    def __init__(
+        self, stack: ExitStack, app: str, options: Sequence[str] = OURS, folder: Path = ROOT, **environ: str
+    ) -> None:
         self.port = free_port()
         env = {**os.environ, "PORT": str(self.port), "WEB_CONCURRENCY": str(WORKERS), **environ}
-        command = [
-            sys.executable,
-            "-m",
-            "gunicorn",
-            app,
-            "-c",
-            str(ROOT / "gunicorn.conf.py"),
-            "--log-level",
-            "warning",
-        ]
+        command = [sys.executable, "-m", "gunicorn", app, *options, "--log-level", "warning"]
         env["PYTHONPATH"] = str(ROOT)
-        self._process = stack.enter_context(running(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL))
+        self._process = stack.enter_context(running(command, cwd=folder, env=env, stdout=subprocess.DEVNULL))
 
     def wait_until_ready(self) -> None:
         """Several services start faster together than one after the other."""
@@ -86,7 +85,9 @@ class Service:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
     def _answers(self) -> bool:
-        return socket.create_connection(("127.0.0.1", self.port), 1).close() is None
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            connection.request("GET", "/")
+            return connection.getresponse().status > 0
 
 
 class Bench:
@@ -105,9 +106,10 @@ class Bench:
         self.asymmetric = {
             name: Service(stack, "wsgi:app", JWT_PUBLIC_KEY=_public_pem(key), **ours) for name, key in keys.items()
         }
+        self.stock = Service(stack, "bench.empty:app", STOCK, folder)
         self.empty = Service(stack, "bench.empty:app")
         self.plain = Service(stack, "bench.plain:app", JWT_SECRET=SECRET, REDIS_URL=self.redis.url)
-        self._services = [self.ours, *self.asymmetric.values(), self.empty, self.plain]
+        self._services = [self.ours, *self.asymmetric.values(), self.stock, self.empty, self.plain]
         for service in self._services:
             service.wait_until_ready()
 
@@ -126,6 +128,7 @@ class Bench:
         memory_before = self.ours.memory_mib()
         seen: dict[str, list[dict[str, float]]] = defaultdict(list)
         for _ in range(self._rounds):
+            seen["stock"].append(self._drive(self.stock, one))
             seen["empty"].append(self._drive(self.empty, one))
             seen["plain"].append(self._drive(self.plain, one))
             seen["ours"].append(self._drive(self.ours, one))
@@ -146,9 +149,11 @@ class Bench:
         per_second = {name: statistics.median(rates) for name, rates in rate.items()}
         return {
             "heartbeats per second, 64 connections": per_second["ours"],
-            "empty route per second": per_second["empty"],
+            "stock empty route per second": per_second["stock"],
+            "empty route under gunicorn.conf.py per second": per_second["empty"],
             "plain heartbeats per second": per_second["plain"],
-            "heartbeat ÷ empty route": ratio(rate["ours"], rate["empty"]),
+            "heartbeat ÷ stock empty route": ratio(rate["ours"], rate["stock"]),
+            "heartbeat ÷ empty route under gunicorn.conf.py": ratio(rate["ours"], rate["empty"]),
             "heartbeat ÷ plain heartbeat": ratio(rate["ours"], rate["plain"]),
             "RS256 ÷ HS256": ratio(rate["RS256"], rate["ours"]),
             "ES256 ÷ HS256": ratio(rate["ES256"], rate["ours"]),
@@ -161,6 +166,7 @@ class Bench:
             "bytes in Redis per session": self._bytes_per_session(),
             "p50, ms": statistics.median(r["p50_ms"] for r in seen["ours"]),
             "p99, ms": statistics.median(r["p99_ms"] for r in seen["ours"]),
+            "p99 ÷ stock empty route's": ratio(*([r["p99_ms"] for r in seen[name]] for name in ("ours", "stock"))),
             "worker memory before, MiB": memory_before,
             "worker memory after, MiB": memory_after,
             "round trips per heartbeat, alone": trips[1],
