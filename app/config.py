@@ -31,7 +31,7 @@ PUBLIC_KEY_ALGORITHMS = (*RSA_ALGORITHMS, *EC_ALGORITHMS.values(), "EdDSA")
 KEY_SOURCES = ("JWT_SECRET", "JWT_PUBLIC_KEY", "JWT_JWKS_URL")
 LONGEST_SECONDS = 10 * 365 * 86400
 
-_USER = r"([^:@/?#]*(:[^:@/?#]*)?@)?"
+_USER = r"([^@/?#\s]*@)?"
 _HOST = r"([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d{1,5})?"
 _SERVER = rf"{_USER}{_HOST}(/|/[0-9]+)?(\?db=[0-9]+)?"
 _SERVERS = rf"{_USER}{_HOST}(,{_HOST})*"

@@ -156,6 +156,7 @@ ENCODE = "; in a user name and a password, percent-encode what is neither a lett
             ("# in the password", "redis://user:hunter2#x@host:6379/0", REDIS_RULE + ENCODE),
             ("/ in the password", "redis://:hunter2/x@host:6379/0", REDIS_RULE + ENCODE),
             ("? in the password", "rediss://:hunter2?x@host:6379/0", REDISS_RULE + ENCODE),
+            ("a line break in the password", "redis://:hunter2\nx@host:6379/0", REDIS_RULE + ENCODE),
             ("@ in the password", "valkey://:hunter2@x@host:6379/0", REDIS_RULE + ENCODE),
             ("@ in a cluster's password", "redis+cluster://:hunter2@x@host,other", CLUSTER_RULE + ENCODE),
             ("database not a number", "redis://user:hunter2@host/zero", REDIS_RULE),
@@ -409,6 +410,7 @@ def test_limits(variable: str) -> None:
     [
         "redis://localhost",
         "redis://user:p%40ss@host:6380/15",
+        "redis://user:p:ss+=@host",
         "rediss://:secret@host/",
         "unix:///run/redis.sock?db=1",
         "redis://[::1]:6379/0",
