@@ -15,11 +15,11 @@ from app import cli, errors, events, metrics, operations, sessions
 from app.auth import TokenVerifier
 from app.bodies import LARGEST_BODY
 from app.config import Config
-from app.connection import OnePrimary, connect
 from app.keys import load_keys
 from app.metrics import Metrics
 from app.responses import APIResponse, ContractJSON
 from app.store import SessionStore
+from app.store.connect import OnePrimary, connect
 
 
 class LeanFlask(Flask):

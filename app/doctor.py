@@ -12,8 +12,8 @@ import redis
 from flask import Flask
 
 from app.config import Config
-from app.connection import POOL_SIZE
 from app.store import SessionNotFound, SessionStore, StoreUnavailable, TooManySessions
+from app.store.connect import POOL_SIZE
 
 UNSET = {
     "metrics_token": "METRICS_TOKEN is not set: /metrics is open to all who reach the service; off removes it",

@@ -19,8 +19,8 @@ from app.schemas import (
     RevokeAllSchema,
     SessionSchema,
 )
-from app.scripts import CHUNK
 from app.store import Renewal, SessionStore, StoreUnavailable
+from app.store.runner import CHUNK
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 

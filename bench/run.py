@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from app.config import Config  # noqa: E402
-from app.connection import OnePrimary  # noqa: E402
 from app.store import SessionStore, session_key  # noqa: E402
+from app.store.connect import OnePrimary  # noqa: E402
 from tests.servers import RedisServer, free_port, running, until  # noqa: E402
 
 WORKERS = 2

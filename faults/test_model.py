@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.config import Config
-from app.connection import connect
 from app.store import SessionNotFound, SessionStore, TooManySessions, index_key, session_key
+from app.store.connect import connect
 from tests.conftest import SECRET
 from tests.servers import RedisServer, until
 

@@ -21,7 +21,7 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from app.config import Config
-from app.connection import connect
+from app.store.connect import connect
 from tests.browser import Browser
 from tests.servers import RedisServer
 

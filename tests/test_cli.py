@@ -162,7 +162,7 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("gone")
 
-    monkeypatch.setattr("app.scripts._send", fail)
+    monkeypatch.setattr("app.store.runner._send", fail)
 
 
 @pytest.mark.usefixtures("gone")

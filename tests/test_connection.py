@@ -10,8 +10,8 @@ from redis.exceptions import MovedError
 
 from app import create_app
 from app.config import Config
-from app.connection import POOL_SIZE, Cluster, OnePrimary, connect
 from app.doctor import examine_redis
+from app.store.connect import POOL_SIZE, Cluster, OnePrimary, connect
 from tests.conftest import SECRET, Caller
 from tests.servers import free_port, required, running, until
 

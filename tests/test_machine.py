@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from app.config import Config
-from app.connection import OnePrimary
 from app.store import SessionNotFound, SessionStore, TooManySessions, index_key, session_key
+from app.store.connect import OnePrimary
 from tests.conftest import SECRET
 
 IDLE, ABSOLUTE, LIMIT = 30, 100, 3  # seconds, seconds, sessions

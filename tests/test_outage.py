@@ -16,7 +16,7 @@ from flask import Flask
 
 from app import create_app
 from app.config import Config
-from app.connection import connect
+from app.store.connect import connect
 from tests.conftest import FAILURES, SECRET, Caller
 from tests.servers import PERSISTENT, RedisServer, until
 

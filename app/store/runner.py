@@ -15,7 +15,7 @@ from gevent.monkey import is_module_patched
 from redis.exceptions import AskError, NoScriptError, RedisError, ResponseError
 
 from app.config import Config
-from app.connection import Servers
+from app.store.connect import Servers
 
 log = logging.getLogger(__name__)
 

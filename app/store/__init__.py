@@ -17,9 +17,9 @@ from cachetools import LRUCache
 from redis.exceptions import RedisError
 
 from app.config import Config
-from app.connection import Servers
-from app.group_commit import Abandoned, GroupCommit
-from app.scripts import CHUNK, Call, Observe, Script, Scripts, about_a_record, described, within
+from app.store.batching import Abandoned, GroupCommit
+from app.store.connect import Servers
+from app.store.runner import CHUNK, Call, Observe, Script, Scripts, about_a_record, described, within
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ import pytest
 from gevent.monkey import is_module_patched
 
 from app.config import Config
-from app.connection import POOL_SIZE, OnePrimary, connect
-from app.group_commit import Abandoned, GroupCommit
 from app.store import Renewal, SessionStore, StoreUnavailable
+from app.store.batching import Abandoned, GroupCommit
+from app.store.connect import POOL_SIZE, OnePrimary, connect
 from tests.servers import PERSISTENT, ROOT, RedisServer, until
 
 # The suite itself is not patched, so greenlets get a process of their own; the inner bound lets it tidy up.
@@ -30,9 +30,9 @@ GREENLETS = """
 from gevent import Timeout, monkey
 monkey.patch_all()
 import sys
-from tests import test_group_commit
+from tests import test_batching
 with Timeout(40):
-    getattr(test_group_commit, sys.argv[1]).scenario()
+    getattr(test_batching, sys.argv[1]).scenario()
 """
 
 
