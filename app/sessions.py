@@ -19,8 +19,7 @@ from app.schemas import (
     RevokeAllSchema,
     SessionSchema,
 )
-from app.store import Renewal, SessionStore, StoreUnavailable
-from app.store.runner import CHUNK
+from app.store import CHUNK, Renewal, SessionStore, StoreUnavailable
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 

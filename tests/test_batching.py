@@ -20,7 +20,7 @@ import pytest
 from gevent.monkey import is_module_patched
 
 from app.config import Config
-from app.store import Renewal, SessionStore, StoreUnavailable
+from app.store import Renewal, SessionNotFound, SessionStore, StoreUnavailable, Unreadable, session_key
 from app.store.batching import Abandoned, GroupCommit
 from app.store.connect import POOL_SIZE, OnePrimary, connect
 from tests.servers import PERSISTENT, ROOT, RedisServer, until
@@ -433,6 +433,40 @@ def test_scripts_lost() -> None:
 
 
 @pytest.mark.alone
+@on_redis
+@both
+def test_several_subjects() -> None:
+    """Callers of several subjects share a round trip, one script call a subject, and each gets its own answer."""
+    with own_store() as (server, store):
+        subjects = [f"subject-{n}" for n in range(4)]
+        ids = {
+            (subject, seconds): store.open(subject, login_method="token", idle_timeout=seconds).id
+            for subject in subjects
+            for seconds in (1001, 1002, 1003)
+        }
+        server.client.hset(session_key(subjects[1], ids[subjects[1], 1002]), "idle", "never")
+        store.revoke(subjects[2], ids[subjects[2], 1003])
+
+        def beat(whose: tuple[str, int]) -> int:
+            return store.heartbeat(whose[0], ids[whose]).expires_in
+
+        beat((subjects[0], 1001))
+        server.client.config_resetstat()
+        server.process.send_signal(signal.SIGSTOP)
+        first = Caller(beat, (subjects[0], 1001))
+        time.sleep(0.1)
+        order = random.Random(3).sample(list(ids), len(ids))
+        callers = [Caller(beat, whose) for whose in order]
+        time.sleep(0.1)
+        server.process.send_signal(signal.SIGCONT)
+        answers = dict(zip(order, outcomes(callers)))
+        assert first.outcome() == 1001
+        assert isinstance(answers.pop((subjects[1], 1002)), Unreadable)
+        assert isinstance(answers.pop((subjects[2], 1003)), SessionNotFound)
+        assert answers == {whose: whose[1] for whose in answers} and len(answers) == 10
+        assert server.client.info("commandstats")["cmdstat_evalsha"]["calls"] == 1 + len(subjects)
+
+
 @on_redis
 @both
 def test_redis_stalled() -> None:

@@ -1,267 +1,323 @@
-"""Runs Lua scripts on the servers that hold their keys: one round trip, bounded in time, whatever state Redis is in."""
+"""Runs Lua scripts, for one caller or for many: one round trip, bounded in time, whatever state Redis is in."""
 
+import functools
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-import gevent
 import redis
-from gevent.monkey import is_module_patched
-from redis.exceptions import AskError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError, TryAgainError
 
 from app.config import Config
+from app.deadline import deadline
+from app.store.batching import Abandoned, GroupCommit
 from app.store.connect import Servers
+from app.store.outages import Outages, described
+from app.store.replicas import ReplicaAcks
 
-log = logging.getLogger(__name__)
+KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
+PING_SECONDS = 1.5
 
-CHUNK = 50  # commands or sessions that are worked on before a worker's other requests have their turn
-
-# A call of a script: its keys, then its arguments.
-Call = tuple[Sequence[str], Sequence[str | int]]
+T = TypeVar("T")
 Command = tuple[str | int, ...]
-# Told of every round trip: the script, the number of its calls, and the seconds it took.
+# Told of every round trip: the script, how many sessions it was for, and the seconds it took.
 Observe = Callable[[str, int, float], None]
 
 
-class Script:
-    """A Lua file and the name that Redis keeps it under."""
+class StoreUnavailable(Exception):
+    """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
 
-    def __init__(self, name: str, *, repeatable: bool = True) -> None:
-        """A script is `repeatable` where running it again after a lost reply does no harm and gives the same reply."""
-        self.name = name
-        self.repeatable = repeatable
+
+class Unreadable(StoreUnavailable):
+    """A session's record, or a subject's index, is not what this service has written. It can still be revoked."""
+
+
+class Call(NamedTuple):
+    """One call of a script. All its keys are in one slot."""
+
+    keys: Sequence[str]
+    args: Sequence[str | int] = ()
+
+
+class Script:
+    """A Lua file and the hash that Redis keeps it under."""
+
+    def __init__(
+        self, name: str, *, repeatable: bool = True, per_key: Callable[[list[Any]], list[Any]] | None = None
+    ) -> None:
+        """A script is `repeatable` where running it again after a lost reply does no harm and gives the same reply.
+
+        `per_key` makes one reply for each key out of the reply of a script that takes any number of them.
+        """
+        self.name, self.repeatable, self.per_key = name, repeatable, per_key
         self.source = (Path(__file__).parent / "lua" / f"{name}.lua").read_text()
         self.sha = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def by_name(self, call: Call) -> Command:
-        return ("EVALSHA", self.sha, len(call[0]), *call[0], *call[1])
+    def evalsha(self, call: Call) -> Command:
+        return ("EVALSHA", self.sha, len(call.keys), *call.keys, *call.args)
 
-    def in_full(self, call: Call) -> Command:
-        return ("EVAL", self.source, len(call[0]), *call[0], *call[1])
+    def eval(self, call: Call) -> Command:
+        return ("EVAL", self.source, len(call.keys), *call.keys, *call.args)
 
 
-class Confirmation:
-    """Whether a primary's replicas have a write, so that whichever of them takes over has it too.
+class Runner:
+    """Runs scripts on the servers that hold their keys. Every public method raises StoreUnavailable.
 
-    All attached replicas have to confirm. One that disappears may just have been promoted, while the others confirm
-    what will be thrown away: so nothing is confirmed until it has been gone for SETTLED seconds; after that the
-    remaining ones suffice. One that hangs, and so lacks even the write before this one, counts as gone.
+    A reply is an Unreadable where Redis says that a key is not what it should be. That is raised only to a caller who
+    asks for a single reply.
     """
-
-    SETTLED = 5.0
-    WAIT_MS = 100
-
-    def __init__(self, least: int, role: Sequence[Any]) -> None:
-        """`role` is the primary's reply to ROLE: its kind, its offset, and address, port and offset of its replicas."""
-        self._least = least
-        self._offset, self._attached = 0, 0
-        self._fewer_since: float | None = None
-        if role[0] == "master":
-            self._offset, self._attached = role[1], len(role[2])
-
-    @property
-    def commands(self) -> Sequence[Command]:
-        """What to send behind a write, on the same connection."""
-        return ("WAIT", max(self._least, self._attached), self.WAIT_MS), ("ROLE",)
-
-    def given(self, confirmed: int, role: Sequence[Any]) -> bool:
-        """Whether the replies to `commands` are enough."""
-        if role[0] != "master":  # since a moment ago
-            return False
-        before, now = self._attached, time.monotonic()
-        attached = sum(int(offset) >= self._offset for _, _, offset in role[2])
-        self._offset = role[1]
-        if attached < self._attached and self._fewer_since is None:
-            self._fewer_since = now
-        elif attached >= self._attached or now - (self._fewer_since or now) >= self.SETTLED:
-            self._attached, self._fewer_since = attached, None
-        return confirmed >= max(self._least, min(before, self._attached))
-
-
-class Scripts:
-    """Runs scripts on the servers that hold their keys. All calls of one run belong to one slot."""
 
     def __init__(self, servers: Servers, config: Config, observe: Observe) -> None:
         self._observe = observe
         self._servers = servers
+        self._outages = Outages(servers)
         self._replicas = config.redis_wait_replicas
         # For all that a call takes: a connection out of the pool, or a new one, and a second try for lost scripts.
         self._seconds = config.redis_timeout_seconds + 0.1
-        self._confirmations: WeakKeyDictionary[redis.Redis, Confirmation] = WeakKeyDictionary()
-        self._in_trouble: set[tuple[str, redis.Redis | None]] = set()
+        self._acks: WeakKeyDictionary[redis.Redis, ReplicaAcks] = WeakKeyDictionary()
+        # One for each server, so that one which hangs holds up no caller of another.
+        self._batches: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
 
-    def run(self, script: Script, calls: Sequence[Call], *, durably: bool = False) -> list[Any]:
-        """Run a script for each call, in one round trip; `durably` where it must not be lost in a failover.
+    def call(
+        self, script: Script, keys: Sequence[str], args: Sequence[str | int] = (), *, durable: bool = False
+    ) -> Any:
+        """Run a script once. Raises Unreadable."""
+        [reply] = self.calls(script, [Call(keys, args)], durable=durable)
+        if isinstance(reply, Unreadable):
+            raise reply
+        return reply
 
-        A reply is an error where `about_a_record` says so. Raises RedisError or OSError where any fails otherwise or
-        the replicas do not confirm in time; it may then have taken effect.
+    def calls(self, script: Script, calls: Sequence[Call], *, durable: bool = False) -> list[Any]:
+        """Run a script for each of several calls, which belong to one slot; `durable` where replicas must have it.
+
+        Raises StoreUnavailable where any fails or the replicas do not acknowledge in time; it may then have taken
+        effect.
         """
         if not calls:
             return []
-        confirmation = self._confirmation(script, calls) if durably and self._replicas else None
-        replies = self.try_each(script, calls, confirmation.commands if confirmation else ())
-        for reply in replies:
-            if isinstance(reply, Exception) and not about_a_record(reply):
-                raise reply
-        if confirmation:
-            confirmed = confirmation.given(*replies[len(calls) :])
-            error = None if confirmed else ResponseError("not confirmed by enough replicas")
-            self._notice("replicas", self._servers.client_for(calls[0][0][0]), error)
-            if error:
-                raise error
-        return replies[: len(calls)]
+        with _TRANSLATED:
+            client = self._client_for(script, calls[0].keys[0])
+            acks = self._acks_of(client) if durable and self._replicas else None
+            replies = _none_failed(self._run(client, script, calls, acks.commands if acks else ()))
+            if acks:
+                *replies, acknowledged, role = replies
+                sufficient = acks.sufficient(acknowledged, role)
+                error = None if sufficient else ResponseError("not acknowledged by enough replicas")
+                self._outages.log_transition("replicas", client, error)
+                if error:
+                    raise error
+            return replies
 
-    def client_for(self, script: Script, key: str) -> redis.Redis:
-        """The client of the server that holds a key. Where nobody knows which that is, this is logged and raised."""
+    def each_key(self, script: Script, keys: Sequence[str]) -> list[Any]:
+        """Run a script over any number of keys of one subject; a reply for each."""
+        if not keys:
+            return []
+        with _TRANSLATED:
+            return _none_failed(self._run(self._client_for(script, keys[0]), script, _in_calls(keys)))
+
+    def join(self, script: Script, group: str, key: str) -> Any:
+        """Run a script over a key together with whatever other callers ask of its server. Raises Unreadable.
+
+        Keys of one `group` are in one slot. There is one script that callers share round trips for.
+        """
+        with _TRANSLATED:
+            client = self._client_for(script, key)
+            batches = self._batches.get(client)
+            if batches is None:
+                send = functools.partial(self._send_batch, script)
+                batches = self._batches.setdefault(client, GroupCommit(send))
+            return batches.submit((client, group, key))
+
+    def ping(self) -> None:
+        """Ask Redis whether it is there. Of a cluster one primary is enough: the subjects of the others are served."""
+        with _TRANSLATED, deadline(PING_SECONDS):
+            clients = self._servers.clients()
+            for client in clients[:-1]:
+                try:
+                    with deadline(PING_SECONDS / len(clients)):
+                        return _ping(client)
+                except (RedisError, OSError):
+                    pass
+            _ping(clients[-1])
+
+    def _client_for(self, script: Script, key: str) -> redis.Redis:
         try:
             return self._servers.client_for(key)
         except (RedisError, OSError) as error:
-            self._notice(script.name, None, error)
+            self._outages.log_transition(script.name, None, error)
             raise
 
-    def _confirmation(self, script: Script, calls: Sequence[Call]) -> Confirmation:
-        client = self.client_for(script, calls[0][0][0])
-        if client not in self._confirmations:
+    def _acks_of(self, client: redis.Redis) -> ReplicaAcks:
+        if client not in self._acks:
             try:
-                with within(self._seconds):
-                    role = client.execute_command("ROLE")
+                with deadline(self._seconds):
+                    role = _once_more(lambda: client.execute_command("ROLE"))
             except (RedisError, OSError) as error:
-                self._notice("replicas", client, error)
+                self._outages.log_transition("replicas", client, error)
                 raise
-            self._confirmations[client] = Confirmation(self._replicas, role)
-        return self._confirmations[client]
+            self._acks[client] = ReplicaAcks(self._replicas, role)
+        return self._acks[client]
 
-    def try_each(self, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
-        """Run a script for each call, then the commands in `last`, in one round trip; a reply or an error for each.
+    def _send_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str, str]]) -> list[Any]:
+        """A reply for each key in the batch: one call for each group in it."""
+        groups: dict[str, list[str]] = {}
+        for _, group, key in batch:
+            groups.setdefault(group, []).append(key)
+        replies = self._run(batch[0][0], script, [call for keys in groups.values() for call in _in_calls(keys)])
+        if len(groups) == 1:
+            return replies
+        # The replies come group by group, and within each in the order of the batch.
+        by_group, first = {}, 0
+        for group, keys in groups.items():
+            by_group[group] = iter(replies[first : first + len(keys)])
+            first += len(keys)
+        return [next(by_group[group]) for _, group, _ in batch]
 
-        It takes two round trips where Redis has lost the script, as it does in every restart and failover. EVAL
-        brings one back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead one.
+    def _run(
+        self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()
+    ) -> list[Any]:
+        """A reply or an error for each call, or each key where the script takes many; then for each command in `last`.
+
+        Raises RedisError or OSError where there are no replies.
         """
-        client, began = None, time.perf_counter()
+        began = time.perf_counter()
         try:
-            with within(self._seconds):
-                client = self._servers.client_for(calls[0][0][0])
-                replies = self._try_each(client, script, calls, last)
+            with deadline(self._seconds):
+                replies = self._replies(client, script, calls, last)
         except (RedisError, OSError) as error:
-            self._notice(script.name, client, error)
+            self._outages.log_transition(script.name, client, error)
             raise
         finally:
-            self._observe(script.name, len(calls), time.perf_counter() - began)
-        errors = (reply for reply in replies if isinstance(reply, Exception) and not about_a_record(reply))
-        self._notice(script.name, client, next(errors, None))
+            size = sum(len(call.keys) for call in calls) if script.per_key else len(calls)
+            self._observe(script.name, size, time.perf_counter() - began)
+        failure = None
+        for place, reply in enumerate(replies):
+            if isinstance(reply, Exception):
+                if _about_a_record(reply):
+                    replies[place] = Unreadable(str(reply))
+                else:
+                    failure = failure or reply
+        self._outages.log_transition(script.name, client, failure)
         return replies
 
-    def _try_each(
+    def _replies(
         self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command]
     ) -> list[Any]:
-        replies = _send(client, [*(script.by_name(call) for call in calls), *last], again=script.repeatable)
-        lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if lost:
-            again = _send(client, [*(script.in_full(calls[i]) for i in lost), *last], again=script.repeatable)
-            for i, reply in zip([*lost, *range(len(calls), len(replies))], again):
-                replies[i] = reply
-        # MOVED and ASK, while a cluster moves slots; MovedError is an AskError to redis-py.
-        moved = [i for i, reply in enumerate(replies[: len(calls)]) if isinstance(reply, AskError)]
-        for i in moved:
-            replies[i] = self._follow(replies[i], script.in_full(calls[i]))
-        if moved and last:
-            replies[len(calls)] = 0  # not confirmed: WAIT asked the replicas of the server that redirected us
-        return replies
+        answered = _exchange(client, script, calls, last)
+        replies: list[Any] = []
+        for call, reply in zip(calls, answered):
+            if isinstance(reply, AskError | TryAgainError):
+                replies += self._while_a_slot_moves(client, script, call, reply)
+                if last:
+                    answered[len(calls)] = 0  # WAIT asked the replicas of the server that redirected us
+            else:
+                replies += _split(script, call, reply)
+        return replies + answered[len(calls) :]
 
-    def _follow(self, redirection: AskError, command: Command) -> Any:
-        """Gives a reply or an error, and raises none: the rest of the batch has nothing to do with it."""
-        try:
-            return self._servers.follow(redirection, command)
-        except (RedisError, OSError) as error:
-            return error
+    def _while_a_slot_moves(
+        self, client: redis.Redis, script: Script, call: Call, error: AskError | TryAgainError
+    ) -> list[Any]:
+        """The replies to a call that MOVED, ASK or TRYAGAIN has refused. MovedError is an AskError to redis-py.
 
-    def _notice(self, what: str, client: redis.Redis | None, error: Exception | None) -> None:
-        """Log trouble once when it begins and once when it is over.
-
-        For each script, since a full Redis refuses only some, and each server, since a cluster seldom fails as a whole;
-        `client` is None where nobody knows which server it would be.
+        A call for several keys is refused where one of them has moved already, or is not there: then each goes alone.
         """
-        where = (what, client)
-        if error is not None:
-            self._servers.failed(error)
-            if where not in self._in_trouble:
-                self._in_trouble.add(where)
-                log.error("redis_unavailable", extra={"script": what, "reason": described(error)})
-        elif self._in_trouble and (over := self._in_trouble & {where, (what, None)}):
-            self._in_trouble -= over
-            log.warning("redis_available", extra={"script": what})
+        if script.per_key and len(call.keys) > 1 and not isinstance(error, MovedError):
+            alone = [Call([key]) for key in call.keys]
+            replies = []
+            for each, reply in zip(alone, _exchange(client, script, alone)):
+                moving = isinstance(reply, AskError)
+                replies += self._follow(script, each, reply) if moving else _split(script, each, reply)
+            return replies
+        return self._follow(script, call, error) if isinstance(error, AskError) else _split(script, call, error)
+
+    def _follow(self, script: Script, call: Call, redirection: AskError) -> list[Any]:
+        """Raises nothing: the rest of the round trip has nothing to do with it."""
+        try:
+            reply = self._servers.follow(redirection, script.eval(call))
+        except (RedisError, OSError) as error:
+            reply = error
+        return _split(script, call, reply)
 
 
-def _send(client: redis.Redis, commands: Sequence[Command], *, again: bool) -> list[Any]:
-    """What redis-py's pipeline does, at half its cost: it is built for more kinds of commands than one.
+class _Translation:
+    """What goes wrong between us and Redis is one condition to the caller: StoreUnavailable."""
 
-    If the connection breaks they are sent once more where `again`; the server may have run them already.
-    """
-    pool = client.connection_pool
-    connection = pool.get_connection()
-    try:
-        return _exchange(connection, commands)
-    except redis.ConnectionError:
-        if not again:
-            raise
-        return _exchange(connection, commands)
-    finally:
-        # Where a reply did not come the connection has been closed: the reply will not be taken for another caller's.
-        pool.release(connection)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RedisError | OSError | Abandoned):
+            raise StoreUnavailable(described(error)) from error
 
 
-def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    replies = []
-    try:
-        for first in range(0, len(commands), CHUNK):
-            connection.send_packed_command(connection.pack_commands(commands[first : first + CHUNK]))
-            time.sleep(0)  # gives way to the worker's other requests
-        for number in range(1, len(commands) + 1):
-            replies.append(_reply(connection))
-            if number % CHUNK == 0:
-                time.sleep(0)
-    except BaseException:  # the replies that have not been read are not to be taken for another caller's
-        connection.disconnect()
-        raise
+_TRANSLATED = _Translation()
+
+
+def _in_calls(keys: Sequence[str]) -> list[Call]:
+    return [Call(keys[first : first + KEYS_PER_CALL]) for first in range(0, len(keys), KEYS_PER_CALL)]
+
+
+def _split(script: Script, call: Call, reply: Any) -> list[Any]:
+    """The replies in that of one call: an error is every key's."""
+    if script.per_key is None:
+        return [reply]
+    return [reply] * len(call.keys) if isinstance(reply, Exception) else script.per_key(reply)
+
+
+def _none_failed(replies: list[Any]) -> list[Any]:
+    for reply in replies:
+        if isinstance(reply, Exception) and not isinstance(reply, Unreadable):
+            raise reply
     return replies
 
 
-def _reply(connection: Any) -> Any:
-    try:
-        return connection.read_response()
-    except ResponseError as error:
-        return error
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Give up after so long, whatever takes the time: name resolution, handshakes, sentinels, the queue for the pool.
-
-    Only under gevent, as in every worker; elsewhere the sockets' own timeouts have to do.
-    Raises redis.TimeoutError, and only here: inside, redis-py would take that for one of its own and try again.
-    """
-    if not is_module_patched("socket"):
-        yield
-        return
-    timeout = gevent.Timeout(seconds)
-    try:
-        with timeout:
-            yield
-    except gevent.Timeout as late:
-        if late is not timeout:
-            raise
-        raise redis.TimeoutError(f"no answer within {seconds:g} s") from None
-
-
-def about_a_record(error: Exception) -> bool:
-    """Whether an error says that a key holds something else than it should, and nothing of the server."""
+def _about_a_record(error: Exception) -> bool:
+    """Whether an error is about what a key holds, by its code, and not about the server."""
     return isinstance(error, ResponseError) and str(error).startswith(("WRONGTYPE ", "UNREADABLE "))
 
 
-def described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _exchange(client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
+    """One round trip; two where Redis has lost the script, as it does in every restart and failover.
+
+    EVAL brings it back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead one.
+    """
+    replies = _send(client, [*map(script.evalsha, calls), *last], script.repeatable)
+    lost = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if lost:
+        again = _send(client, [*(script.eval(calls[place]) for place in lost), *last], script.repeatable)
+        for place, reply in zip([*lost, *range(len(calls), len(replies))], again):
+            replies[place] = reply
+    return replies
+
+
+def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool) -> list[Any]:
+    """A reply or an error for each command, in one round trip."""
+
+    def send() -> list[Any]:
+        if len(commands) == 1:  # a tenth faster than a pipeline
+            try:
+                return [client.execute_command(*commands[0])]
+            except ResponseError as error:
+                return [error]
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return pipeline.execute(raise_on_error=False)
+
+    return _once_more(send) if repeatable else send()
+
+
+def _once_more(act: Callable[[], T]) -> T:
+    """Try again where the connection breaks: Redis closes what is idle. A time-out is not repeated: it would hang."""
+    try:
+        return act()
+    except redis.ConnectionError:
+        return act()
+
+
+def _ping(client: redis.Redis) -> None:
+    if not _once_more(client.ping):
+        raise ResponseError("what answers there is no Redis")

@@ -1,0 +1,102 @@
+"""When trouble with Redis begins and ends in the log."""
+
+import gc
+import weakref
+
+import pytest
+import redis
+
+from app.store.connect import OnePrimary
+from app.store.outages import Outages
+from tests.conftest import Log
+
+
+class Shards:
+    """Servers of a cluster, of which some take writes at the moment."""
+
+    def __init__(self, *ports: int) -> None:
+        self.ports = ports
+
+    def addresses(self) -> list[str]:
+        return [f"127.0.0.1:{port}" for port in self.ports]
+
+    def failed(self, error: Exception) -> None:
+        pass
+
+
+def server(port: int) -> redis.Redis:
+    return redis.Redis(host="127.0.0.1", port=port)
+
+
+DOWN = redis.ConnectionError("refused")
+
+
+@pytest.fixture
+def shards() -> Shards:
+    return Shards(1, 2)
+
+
+@pytest.fixture
+def outages(shards: Shards) -> Outages:
+    return Outages(shards)
+
+
+def seen(log: Log) -> list[tuple[str, str, str | None]]:
+    return [(line["event"].removeprefix("redis_"), line["script"], line["server"]) for line in log.take()]
+
+
+def test_once(outages: Outages, log: Log) -> None:
+    """Trouble is logged when it begins and when it is over, however many callers meet it."""
+    for error in (None, DOWN, DOWN, DOWN, None, None):
+        outages.log_transition("heartbeat", server(1), error)
+    assert seen(log) == [("unavailable", "heartbeat", "127.0.0.1:1"), ("available", "heartbeat", "127.0.0.1:1")]
+
+
+def test_each_script_and_server(outages: Outages, log: Log) -> None:
+    """One script's or server's trouble is not over because another's is not in trouble."""
+    outages.log_transition("open", server(1), DOWN)
+    outages.log_transition("heartbeat", server(1), None)
+    outages.log_transition("open", server(2), None)
+    assert seen(log) == [("unavailable", "open", "127.0.0.1:1")]
+
+
+def test_gone(outages: Outages, shards: Shards, log: Log) -> None:
+    """The trouble with a server that another has replaced is over, for all scripts."""
+    for script in ("heartbeat", "open"):
+        outages.log_transition(script, server(1), DOWN)
+    shards.ports = (2, 3)
+    log.take()
+    outages.log_transition("heartbeat", server(3), None)
+    assert sorted(seen(log)) == [("available", "heartbeat", "127.0.0.1:1"), ("available", "open", "127.0.0.1:1")]
+    outages.log_transition("heartbeat", server(3), None)
+    assert seen(log) == []
+
+
+def test_unknown_server(outages: Outages, log: Log) -> None:
+    """That it is not known which server holds a key is over with the first one that answers."""
+    outages.log_transition("heartbeat", None, DOWN)
+    outages.log_transition("heartbeat", server(2), None)
+    assert seen(log) == [("unavailable", "heartbeat", None), ("available", "heartbeat", None)]
+
+
+def test_no_client_is_kept(outages: Outages) -> None:
+    """A client that was in trouble can be forgotten."""
+    client = server(1)
+    known = weakref.ref(client)
+    outages.log_transition("heartbeat", client, DOWN)
+    del client
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize(
+    "url, address",
+    [
+        ("redis://127.0.0.1:6380/0", "127.0.0.1:6380"),
+        ("redis://:secret@[::1]:6380/0", "::1:6380"),
+        ("unix:///run/redis.sock", "/run/redis.sock"),
+    ],
+)
+def test_address(url: str, address: str) -> None:
+    """A server is named by host and port or by its socket, without credentials."""
+    assert OnePrimary(redis.Redis.from_url(url)).addresses() == [address]
