@@ -222,8 +222,8 @@ def test_flood(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     caplog.clear()
     floods = {
-        ("token_refused", "There is none"): without_token,
-        ("token_refused", "The token has expired"): expired,
+        ("token_refused", "missing"): without_token,
+        ("token_refused", "expired"): expired,
         ("session_not_found", ""): missing,
         ("sessions_not_found", ""): many_missing,
         ("limit_reached", ""): one_too_many,

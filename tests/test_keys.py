@@ -93,10 +93,10 @@ class Key:
         key = self._private if private else self._private.public_key()
         return {**kind.to_jwk(key, as_dict=True), "kid": self.id, **members}
 
-    def token(self, *, algorithm: str = "", **header: str | None) -> str:
+    def token(self, *, algorithm: str = "", padding: str = "", **header: str | None) -> str:
         """A token under this key's id, unless the header names another one or None."""
         named = {name: value for name, value in {"kid": self.id, **header}.items() if value is not None}
-        claims = {"sub": "alice", "exp": int(time.time()) + 86400}
+        claims = {"sub": "alice", "exp": int(time.time()) + 86400, "padding": padding}
         return jwt.encode(claims, self._private, algorithm or self.algorithm, headers=named)
 
 
@@ -391,6 +391,68 @@ sys.exit(len(asked) < 3)
 def test_dripping_issuer() -> None:
     """A fetch that never ends, though something comes all the time, is given up, and the next one begins."""
     assert subprocess.run([sys.executable, "-c", DRIPPING], cwd=ROOT, timeout=30).returncode == 0
+
+
+def verifications(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with each signature that is checked from now on."""
+    counted: list[object] = []
+    verify = OKPAlgorithm.verify
+
+    def counting(self: OKPAlgorithm, *args: Any) -> bool:
+        counted.append(args)
+        return verify(self, *args)
+
+    monkeypatch.setattr(OKPAlgorithm, "verify", counting)
+    return counted
+
+
+def many_keys(number: int) -> list[dict[str, Any]]:
+    """So many keys without an id; few of them are keys that somebody has, and all of them verify."""
+    key = Key("", "EdDSA").jwk()
+    return [{"kty": "OKP", "crv": "Ed25519", "x": key["x"]}] * number
+
+
+@pytest.mark.parametrize("number", [100, 10_000])
+def test_few_keys_are_tried(issuer: Issuer, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A token without a key id costs eight verifications at the most, however many keys there are."""
+    issuer.keys = many_keys(number)
+    app = app_of(issuer)
+    until(lambda: status(app, Key("", "EdDSA").token(kid=None)) == 401)
+    counted = verifications(monkeypatch)
+    token = Key("", "EdDSA").token(kid=None, padding="x" * 5_000)
+    assert (len(token) > 6_000, status(app, token), len(counted)) == (True, 401, 8)
+
+
+def test_known_id_among_many(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that names its key is verified with that one only."""
+    keys = [Key(f"key-{number}", "EdDSA") for number in range(20)]
+    issuer.keys = [key.jwk() for key in keys]
+    app = app_of(issuer)
+    counted = verifications(monkeypatch)
+    assert (status(app, keys[19].token()), len(counted)) == (200, 1)
+
+
+def test_unfit_keys_are_not_tried(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of another kind, or bound to another algorithm, are not among the eight."""
+    key = Key("mine", "EdDSA")
+    others = [Key(f"other-{number}") for number in range(10)]
+    issuer.keys = [*(other.jwk() for other in others), key.jwk()]
+    app = app_of(issuer)
+    counted = verifications(monkeypatch)
+    assert (status(app, key.token(kid=None)), len(counted)) == (200, 1)
+
+
+def test_more_keys_without_id_than_are_tried(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
+    """A set with more than eight keys without an id for an algorithm is a warning, once for each such set."""
+    issuer.keys = many_keys(8)
+    app_of(issuer)
+    assert "key_set_too_large" not in caplog.text
+    issuer.keys = many_keys(9)
+    app = app_of(issuer)
+    for _ in range(3):
+        assert status(app, Key("", "EdDSA").token(kid=None)) == 401
+    [warning] = [record for record in caplog.records if record.getMessage() == "key_set_too_large"]
+    assert (warning.levelname, warning.keys_without_id, warning.tried) == ("WARNING", 9, 8)
 
 
 def test_key_id_of_another_key(issuer: Issuer, key: Key) -> None:

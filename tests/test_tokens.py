@@ -4,6 +4,7 @@ import base64
 import functools
 import hmac
 import json
+import logging
 import re
 import socket
 import time
@@ -19,7 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from tests.conftest import SECRET
+from app.events import LineLimiter
+from tests.conftest import SECRET, Log
 
 ISSUER, AUDIENCE = "https://issuer.example", "sessions"
 STRICT = {"jwt_issuer": ISSUER, "jwt_audience": (AUDIENCE,)}
@@ -85,6 +87,14 @@ def signed(payload: object, header: object = None, *, secret: str = SECRET, dige
 
 def good(*without: str, **changed: object) -> str:
     return signed(claims(*without, **changed))
+
+
+def good_of(size: int) -> str:
+    """A good token of so many bytes."""
+    about = (size - len(good())) * 3 // 4
+    paddings = ("x" * number for number in range(about - 50, about))
+    tokens = (signed(claims(padding=padding), {"kid": kid}) for padding in paddings for kid in ("a", "ab"))
+    return next(token for token in tokens if len(token) == size)
 
 
 def by_attacker(**header: object) -> str:
@@ -167,6 +177,7 @@ def bad_claims(id: str, *without: str, **changed: object) -> Any:
         bad("padded", lambda: good() + "="),
         bad("padded header", lambda: good().replace(".", "=.", 1)),
         bad("8 kB of garbage", lambda: "a" * 8192),
+        bad("16,385 bytes", lambda: good_of(16_385)),
         # how it is signed
         bad("alg none", lambda: f"{part({'alg': 'none'})}.{part(claims())}."),
         bad("alg none, signed", lambda: signed(claims(), {"alg": "none"})),
@@ -251,6 +262,94 @@ def test_bad_token(
     assert CHALLENGE.fullmatch(assert_refused(response, database, "Invalid or expired token"))
 
 
+def refused(make_app: MakeApp, log: Log, token: str, **settings: object) -> tuple[str, float, dict]:
+    """The reason for a 401 in the log, how often the metrics count it, and the line."""
+    app = make_app(**{**STRICT, **settings})
+    log.take()
+    assert take(app, token) == 401
+    [line] = log.take()
+    counted = f'tokens_refused_total{{reason="{line["reason"]}"}} '
+    [sample] = [each for each in app.test_client().get("/metrics").text.splitlines() if each.startswith(counted)]
+    return line["reason"], float(sample.removeprefix(counted)), line
+
+
+@pytest.mark.parametrize(
+    "reason, token",
+    [
+        ("missing", lambda: ""),
+        ("malformed", lambda: "a.b"),
+        ("malformed", lambda: good_of(16_385)),
+        ("malformed", lambda: signed(claims(), {"kid": 1})),
+        ("malformed", lambda: signed(claims(), b"header")),
+        ("malformed", lambda: signed([claims()])),
+        ("expired", lambda: good(exp=1)),
+        ("not_yet_valid", lambda: good(nbf=from_now(60))),
+        ("not_yet_valid", lambda: good(iat=from_now(60))),
+        ("signature", lambda: signed(claims(), secret=SECRET[::-1])),
+        ("signature", lambda: signed(claims(exp=1), secret=SECRET[::-1])),
+        ("signature", lambda: signed(claims(), {"alg": "none"})),
+        ("signature", by_attacker),
+        ("issuer", lambda: good(iss=ISSUER + "/")),
+        ("audience", lambda: good(aud="other")),
+        ("claim", lambda: good("exp")),
+        ("claim", lambda: good("iss")),
+        ("claim", lambda: good("aud")),
+        ("claim", lambda: good("sub")),
+        ("claim", lambda: good(exp=str(from_now(600)))),
+        ("claim", lambda: good(iat=[])),
+        ("claim", lambda: good(jti=1)),
+        ("subject", lambda: good(sub="")),
+        ("subject", lambda: good(sub=True)),
+        ("subject", lambda: good(sub="a" * 257)),
+        ("subject", lambda: good(sub="\ud800")),
+    ],
+)
+def test_reason(make_app: MakeApp, log: Log, reason: str, token: Callable[[], str]) -> None:
+    """What was wrong with a token is one word, the same in the log and in the metric's label."""
+    word, times, line = refused(make_app, log, token())
+    assert (word, times, line["event"], line["endpoint"]) == (reason, 1, "token_refused", "sessions.open_session")
+
+
+def test_reason_with_several_secrets(make_app: MakeApp, log: Log) -> None:
+    """A signature with none of several secrets is told from a bad claim under one of them."""
+    secrets = ("o" * 32, "n" * 32)
+    assert refused(make_app, log, good(exp=1), jwt_secret=secrets)[0] == "signature"
+    assert refused(make_app, log, signed(claims(exp=1), secret="n" * 32), jwt_secret=secrets)[0] == "expired"
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ("the-key", "the-key"),
+        ("a" * 100, "a" * 64),
+        ("a\nb\x1b[31m\u202ec\u20ac", "ab[31mc\u20ac"),
+        ("\x00" * 100 + "a", "a"),
+    ],
+)
+def test_key_id_in_the_log(make_app: MakeApp, log: Log, given: str, shown: str) -> None:
+    """A refused token's line has the first 64 printable characters of its key id, whatever it was refused for."""
+    for bad in (signed(claims(), {"kid": given, "alg": "none"}), signed(claims(exp=1), {"kid": given})):
+        assert refused(make_app, log, bad)[2]["key_id"] == shown
+
+
+def test_no_key_id(make_app: MakeApp, log: Log) -> None:
+    """The line of a token without a key id has none."""
+    assert "key_id" not in refused(make_app, log, good(exp=1))[2]
+
+
+def test_key_ids_are_one_kind(make_app: MakeApp, log: Log) -> None:
+    """Thirty key ids are one label, and count as one kind of line."""
+    app = make_app(**STRICT)
+    quiet = logging.Logger("quiet")
+    quiet.addHandler(logging.NullHandler())
+    app.extensions["line_limiter"] = LineLimiter(quiet, per_second=10, clock=lambda: 0.0)
+    for number in range(30):
+        assert take(app, signed(claims(exp=1), {"kid": f"key-{number}"})) == 401
+    assert log.names() == ["token_refused"] * 10
+    samples = [each for each in app.test_client().get("/metrics").text.splitlines() if "tokens_refused_total{" in each]
+    assert samples == ['tokens_refused_total{reason="expired"} 30.0']
+
+
 def test_two_headers(make_app: MakeApp, database: redis.Redis) -> None:
     """Two Authorization headers are refused, even with the same good token."""
     response = open_session(make_app(**STRICT), *[f"Bearer {good()}"] * 2)
@@ -285,6 +384,7 @@ def test_key_in_header(make_app: MakeApp, database: redis.Redis, name: str) -> N
         pytest.param(lambda: good(sub="}:{*"), id="subject of punctuation"),
         pytest.param(lambda: good(sub=0), id="subject zero"),
         pytest.param(lambda: good(padding="x" * 6000), id="8 kB"),
+        pytest.param(lambda: good_of(16_384), id="16,384 bytes"),
         pytest.param(lambda: signed(claims(), {"kid": "unknown"}), id="kid with a secret"),
         pytest.param(lambda: signed(claims(), {"typ": "at+jwt"}), id="typ at+jwt"),
     ],
