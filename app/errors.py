@@ -4,13 +4,14 @@ import logging
 import random
 from typing import Any
 
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from app.auth import TokenInvalid, TokenMissing
 from app.events import allowed, emit, request_id
 from app.keys import KeysUnavailable
+from app.sessions import counted, peer_address
 from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ FAILED = {
 }
 SENTENCES = {
     400: "Malformed request",
+    404: "Not found",
     405: "Method not allowed",
     408: "Request body not received in time",
     413: "Request body too large",
@@ -55,7 +57,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(TokenMissing, token_missing)
     app.register_error_handler(TokenInvalid, token_invalid)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
-    app.register_error_handler(StoreUnavailable, store_unavailable)
+    app.register_error_handler(StoreUnavailable, lambda _: failed())
     app.register_error_handler(Exception, unexpected)
 
 
@@ -71,13 +73,6 @@ def retry_after(seconds: int) -> dict[str, str]:
     return {"Retry-After": str(random.randint(seconds, 2 * seconds))}
 
 
-def not_found(path: str) -> str:
-    """The sentence for a path: the same for a malformed id, a missing session and another subject's."""
-    if not path.startswith("/sessions/"):
-        return "Not found"
-    return "Session not found or expired" if path.endswith("/heartbeat") else "Session not found"
-
-
 def failed() -> Response:
     sentence = FAILED.get(request.endpoint or "", "Internal server error")
     return error(500, sentence, retry_after(1))
@@ -87,8 +82,6 @@ def http_error(e: HTTPException) -> Response:
     """Keep the headers that the framework has chosen, such as Allow; nothing of its HTML."""
     status = e.code or 500
     headers = {k: v for k, v in e.get_headers() if k != "Content-Type"}
-    if status == 404:
-        return error(404, not_found(request.path), headers)
     return error(status, SENTENCES.get(status, e.name), headers)
 
 
@@ -105,25 +98,20 @@ def token_invalid(e: TokenInvalid) -> Response:
 
 
 def refused(reason: str, **found: str) -> None:
-    current_app.extensions["metrics"].refused.labels(reason).inc()
-    emit("token_refused", reason=reason, endpoint=request.endpoint, **found)
+    counted().token_refused(reason)
+    emit("token_refused", reason=reason, endpoint=request.endpoint, address=peer_address(), **found)
 
 
 def session_not_found(e: SessionNotFound) -> Response:
     emit("session_not_found", session=(request.view_args or {})["id"], endpoint=request.endpoint)
-    return error(404, not_found(request.path))
+    sentence = "Session not found"
+    return error(404, sentence + " or expired" if request.endpoint == "sessions.heartbeat" else sentence)
 
 
 def too_many_sessions(e: TooManySessions) -> Response:
+    counted().limit_reached()
     emit("limit_reached")
     return error(429, headers=retry_after(30))
-
-
-def store_unavailable(e: StoreUnavailable) -> Response:
-    # The revoke may have taken effect: without a line the session would seem to have expired.
-    if request.endpoint in ("sessions.revoke", "sessions.revoke_all"):
-        emit("revoke_uncertain", session=(request.view_args or {}).get("id"))
-    return failed()
 
 
 def unexpected(e: Exception) -> Response:

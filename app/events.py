@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from flask import Response, after_this_request, current_app, g, request
+from flask import Response, after_this_request, current_app, g, has_request_context, request
 
 log = logging.getLogger("sessions")
 
@@ -55,16 +55,19 @@ def allowed(event: str, reason: str = "") -> bool:
     return current_app.extensions["line_limiter"].allow(event, reason)  # type: ignore[no-any-return]
 
 
-def emit(event: str, *, session: str | None = None, **fields: object) -> None:
-    """Log an event of this request and its subject. Subjects and session ids appear only as keyed hashes.
+def emit(event: str, *, subject: str | None = None, session: str | None = None, **fields: object) -> None:
+    """Log an event and its subject, by default the request's. Subjects and session ids appear only as keyed hashes.
 
     The request's id goes into the line and, as `X-Request-Id`, into the answer. Where the line is dropped, neither.
+    A command has none.
     """
-    if event in LIMITED and not allowed(event, str(fields.get("reason", ""))):
+    changes_nothing = event in LIMITED or fields.get("number") == 0
+    if changes_nothing and not allowed(event, str(fields.get("reason", ""))):
         return
-    known = {"subject": g.get("subject"), "session": session}
+    known = {"subject": subject or g.get("subject"), "session": session}
     hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
-    log.info(event, extra={"request_id": request_id(), **hashes, **fields})
+    ours = {"request_id": request_id()} if has_request_context() else {}
+    log.info(event, extra={**ours, **hashes, **fields})
 
 
 def pseudonym(value: str) -> str:

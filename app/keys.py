@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -90,11 +90,13 @@ class JwksKeys:
     COOLDOWN = 30.0
     UNKNOWN_KEY_WAIT = 1.0
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, report: Callable[[float | None], None] = lambda _: None) -> None:
+        """`report` is told when a fetch has succeeded, in seconds since the epoch, or None where it has failed."""
         self.generation = 0  # grows when the keys change: what was verified under an older one is to be forgotten
         self.fetched_at = 0.0  # seconds since the epoch
         self._request = Request(url, headers={"Accept": "application/json"})
         self._opener = build_opener(_HttpsRedirects)
+        self._report = report
         self._fetched: Any = None
         self._keys = KeySet()
         self._asking = threading.Lock()
@@ -149,8 +151,10 @@ class JwksKeys:
                 self._fetched = fetched
         except Exception as error:
             log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
+            self._report(None)
             return
         self.fetched_at = time.time()
+        self._report(self.fetched_at)
 
     def _use(self, keys: KeySet) -> None:
         self._keys = keys
@@ -205,10 +209,10 @@ def _algorithms(key: Any) -> Sequence[str]:
 Keys = FixedKeys | JwksKeys
 
 
-def load_keys(config: Config) -> Keys:
-    """The keys that a configuration names; starts the background refresh of a key set."""
+def load_keys(config: Config, report: Callable[[float | None], None] = lambda _: None) -> Keys:
+    """The keys that a configuration names; starts the background refresh of a key set, which reports to `report`."""
     if config.jwt_jwks_url:
-        return JwksKeys(config.jwt_jwks_url)
+        return JwksKeys(config.jwt_jwks_url, report)
     if config.jwt_public_key:
         key: Any = load_pem_public_key(config.jwt_public_key.encode())
         return FixedKeys([VerificationKey(key, _algorithms(key))])

@@ -1,30 +1,39 @@
-"""What Prometheus asks for: counted in every worker, added up by whichever answers."""
+"""What is counted for Prometheus, in methods that are named after what happened."""
 
-from hmac import compare_digest
+import re
+import time
 
-from flask import Blueprint, Request, Response, current_app, request
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from flask import Flask, Request, Response, g, request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app import metric_files
-from app.auth import TokenMissing, bearer_token
-from app.errors import TOKEN_INVALID, TOKEN_MISSING, error
-
-bp = Blueprint("metrics", __name__)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
+# Why tokens are refused: the contract's words.
+REFUSALS = (
+    "missing",
+    "malformed",
+    "expired",
+    "not_yet_valid",
+    "signature",
+    "issuer",
+    "audience",
+    "claim",
+    "subject",
+)
 
 
 class Metrics:
-    """The metrics of one app. Labels have few values: route rules, never paths, and reasons, never names."""
+    """The metrics of one app. Labels have few values: route templates, never paths, and reasons, never names."""
 
     def __init__(self) -> None:
         metric_files.share_values()
         self.registry = registry = CollectorRegistry()
         self._requests = Histogram(
             "http_request_duration_seconds",
-            "Requests by route rule, method and status, and how long they took.",
+            "Requests by route, method and status, and how long they took.",
             ["route", "method", "status"],
             registry=registry,
             buckets=SECONDS,
@@ -32,10 +41,13 @@ class Metrics:
         # prometheus_client takes longer to find a child than to count.
         self._children: dict[tuple[str, str, int], Histogram] = {}
         heartbeats = Counter("heartbeats", "Heartbeats by outcome.", ["outcome"], registry=registry)
-        self.heartbeats = {outcome: heartbeats.labels(outcome) for outcome in OUTCOMES.values()}
-        self.opened = Counter("sessions_opened", "Sessions opened.", registry=registry)
-        self.revoked = Counter("sessions_revoked", "Sessions revoked.", registry=registry)
-        self.refused = Counter("tokens_refused", "Tokens refused, by reason.", ["reason"], registry=registry)
+        self._heartbeats = {outcome: heartbeats.labels(outcome) for outcome in OUTCOMES.values()}
+        self._opened = Counter("sessions_opened", "Sessions opened.", registry=registry)
+        self._revoked = Counter("sessions_revoked", "Sessions revoked.", registry=registry)
+        self._limits = Counter("session_limits_reached", "Sessions not opened, at the limit.", registry=registry)
+        self._refused = Counter("tokens_refused", "Tokens refused, by reason.", ["reason"], registry=registry)
+        for reason in REFUSALS:
+            self._refused.labels(reason)
         self._batches = Histogram(
             "heartbeat_batch_size",
             "Heartbeats that shared a round trip.",
@@ -49,48 +61,73 @@ class Metrics:
             registry=registry,
             buckets=SECONDS,
         )
-        self.keys_fetched = Gauge(
+        self._keys_fetched = Gauge(
             "key_set_fetched_timestamp_seconds",
-            "When the key set was last fetched; 0 where keys are configured.",
+            "When a worker last fetched the key set; 0 before the first time, and where keys are configured.",
             registry=registry,
-            multiprocess_mode="mostrecent",
+            multiprocess_mode="max",
         )
+        self._keys_failed = Counter("key_set_failures", "Fetches that gave no signing key.", registry=registry)
 
-    def request(self, request: Request, status: int, seconds: float) -> None:
-        """Count a request that has been answered."""
+    def count_requests(self, app: Flask) -> None:
+        """Have every request of an app counted. Register it first: so it times what other hooks do, too."""
+
+        def begin() -> None:
+            g.began = time.perf_counter()
+
+        def end(response: Response) -> Response:
+            seconds = time.perf_counter() - g.began
+            self._request(request._get_current_object(), response.status_code, seconds)  # type: ignore[attr-defined]
+            return response
+
+        app.before_request(begin)
+        app.after_request(end)
+
+    def _request(self, request: Request, status: int, seconds: float) -> None:
         rule = request.url_rule
-        # Any word can be sent as a method.
-        method = request.method if request.method in METHODS else "other"
-        labels = (rule.rule if rule else "none", method, status)
+        labels = (rule.rule if rule else "none", request.method, status)
         child = self._children.get(labels)
         if child is None:
-            child = self._children[labels] = self._requests.labels(*labels)
+            child = self._child(*labels)
         child.observe(seconds)
         if request.endpoint == "sessions.heartbeat" and status in OUTCOMES:
-            self.heartbeats[OUTCOMES[status]].inc()
+            self.heartbeats(OUTCOMES[status])
+
+    def _child(self, rule: str, method: str, status: int) -> Histogram:
+        route = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
+        if method not in METHODS:  # any word can be sent as a method, and is not remembered
+            return self._requests.labels(route, "other", status)
+        return self._children.setdefault((rule, method, status), self._requests.labels(route, method, status))
+
+    def heartbeats(self, outcome: str, number: int = 1) -> None:
+        """Count heartbeats: `renewed`, `not_found` or `failed`."""
+        self._heartbeats[outcome].inc(number)
+
+    def opened(self) -> None:
+        """Count a session that was opened."""
+        self._opened.inc()
+
+    def revoked(self, number: int) -> None:
+        """Count sessions that were revoked."""
+        self._revoked.inc(number)
+
+    def limit_reached(self) -> None:
+        """Count a session that was not opened, since its subject has too many."""
+        self._limits.inc()
+
+    def token_refused(self, reason: str) -> None:
+        """Count a token that was refused."""
+        self._refused.labels(reason).inc()
+
+    def key_set_fetched(self, at: float | None) -> None:
+        """Remember when the key set was fetched, in seconds since the epoch, or count that it could not be: None."""
+        if at is None:
+            self._keys_failed.inc()
+        else:
+            self._keys_fetched.set(at)
 
     def round_trip(self, script: str, size: int, seconds: float) -> None:
         """Count a round trip to Redis with `size` calls of a script."""
         self._round_trips.labels(script).observe(seconds)
         if script == "heartbeat":
             self._batches.observe(size)
-
-
-@bp.get("/metrics")
-def metrics() -> Response:
-    """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
-    config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
-    if config.metrics_token and (sentence := _refused(config.metrics_token)):
-        return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
-    counted.keys_fetched.set(current_app.extensions["keys"].fetched_at)
-    registry = metric_files.of_all_workers() or counted.registry
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
-
-
-def _refused(token: str) -> str | None:
-    """What is wrong with the caller's token. It is none of an issuer's, and so not counted with those."""
-    try:
-        given = bearer_token(request.environ)
-    except TokenMissing:
-        return TOKEN_MISSING
-    return None if compare_digest(given.encode(), token.encode()) else TOKEN_INVALID

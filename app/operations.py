@@ -1,11 +1,20 @@
-"""What the service says of itself: liveness, readiness, and the API as a document and as a page."""
+"""What the service says of itself: liveness, readiness, metrics, and the API as a document and as a page."""
 
+import platform
+from collections.abc import Iterator
+from hmac import compare_digest
 from pathlib import Path
 
 import flask_swagger_ui  # type: ignore[import-untyped]
-from flask import Blueprint, Response, current_app, jsonify
+from flask import Blueprint, Response, current_app, jsonify, request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
-from app.errors import error, retry_after
+from app import metric_files
+from app.auth import TokenMissing, bearer_token
+from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
 from app.responses import APIResponse
 from app.store import StoreUnavailable
 
@@ -37,7 +46,10 @@ START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", validatorU
 STYLE = """.swagger-ui .servers, .swagger-ui .servers-title, .swagger-ui .response-col_links { display: none }
 """
 
+VERSION = "1.0.0"  # as in setup.cfg, which is not there where only the app was copied
+
 bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
+metrics_bp = Blueprint("metrics", __name__)
 
 
 @bp.get("/healthz")
@@ -56,13 +68,49 @@ def readiness() -> Response:
     return jsonify(status="ok")
 
 
+class Moment(Collector):
+    """What is not counted but looked up when Prometheus asks: the build, and whether Redis answers."""
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, after at most the 1.5 seconds that `ping` takes."""
+        build = {"version": VERSION, "python": platform.python_version()}
+        yield InfoMetricFamily("session_heartbeat_build", "What is running.", build)
+        try:
+            current_app.extensions["session_store"].ping()
+            up = 1
+        except StoreUnavailable:
+            up = 0
+        yield GaugeMetricFamily("redis_up", "Whether Redis answers the worker that was asked.", up)
+
+
+@metrics_bp.get("/metrics")
+def metrics() -> Response:
+    """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
+    config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
+    if config.metrics_token and (sentence := _refused(config.metrics_token)):
+        return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
+    moment = CollectorRegistry()
+    moment.register(Moment())
+    text = generate_latest(metric_files.of_all_workers() or counted.registry) + generate_latest(moment)
+    return Response(text, content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
+
+
+def _refused(token: str) -> str | None:
+    """What is wrong with the caller's token. It is none of an issuer's, and so not counted with those."""
+    try:
+        given = bearer_token(request.environ)
+    except TokenMissing:
+        return TOKEN_MISSING
+    return None if compare_digest(given.encode(), token.encode()) else TOKEN_INVALID
+
+
 @bp.get("/openapi.json")
 def openapi() -> APIResponse:
     """The API as a document."""
     return APIResponse(DOCUMENT)
 
 
-@bp.get("/docs")
+@bp.get("/docs", strict_slashes=True)  # the page's addresses are relative
 def docs() -> APIResponse:
     """The API as a page on which it can be tried: Swagger UI out of its package, which asks no other server."""
     return APIResponse(PAGE, mimetype="text/html", headers={"Content-Security-Policy": POLICY})

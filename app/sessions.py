@@ -11,6 +11,7 @@ from werkzeug.routing import BaseConverter
 from app.auth import requires_token
 from app.bodies import drain_body, load_body
 from app.events import emit
+from app.metrics import Metrics
 from app.responses import HeartbeatResponse, rfc3339
 from app.schemas import (
     SESSION_ID,
@@ -19,19 +20,55 @@ from app.schemas import (
     RevokeAllSchema,
     SessionSchema,
 )
-from app.store import CHUNK, Renewal, SessionStore, StoreUnavailable
+from app.store import CHUNK, Renewal, SessionNotFound, SessionStore, StoreUnavailable
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
+WELL_FORMED = re.compile(SESSION_ID)
 
 
 class SessionIdConverter(BaseConverter):
-    """Matches well-formed ids only; anything else is a 404, and Redis is not asked."""
+    """Matches a segment of a path that is not the name of another endpoint; `well_formed` says if it can be an id."""
 
-    regex = SESSION_ID
+    regex = r"(?!(?:heartbeat|revoke-all)\Z)[^/]+"
+    part_isolating = True
 
 
 def store() -> SessionStore:
     return current_app.extensions["session_store"]  # type: ignore[no-any-return]
+
+
+def counted() -> Metrics:
+    return current_app.extensions["metrics"]  # type: ignore[no-any-return]
+
+
+def well_formed(id: str) -> str:
+    """The id. Raises SessionNotFound for one that was never issued, so that Redis is not asked."""
+    if not WELL_FORMED.fullmatch(id):
+        raise SessionNotFound
+    return id
+
+
+def end_sessions(subject: str, id: str | None = None, *, except_id: str | None = None) -> int:
+    """End one session of a subject, or all but one, or all; log and count it. Gives the number of those ended.
+
+    Raises SessionNotFound where that one is not there, and StoreUnavailable: then it may have been ended all the same.
+    """
+    try:
+        if id is None:
+            number = store().revoke_all(subject, except_id=except_id)
+        else:
+            store().revoke(subject, well_formed(id))
+            number = 1
+    except StoreUnavailable:
+        # Without a line the session would seem to have expired.
+        emit("revoke_uncertain", subject=subject, session=id)
+        raise
+    counted().revoked(number)
+    if id is None:
+        emit("sessions_revoked", subject=subject, number=number)
+    else:
+        emit("session_revoked", subject=subject, session=id)
+    return number
 
 
 @bp.post("/<session_id:id>/heartbeat")
@@ -43,7 +80,7 @@ def heartbeat(id: str) -> Response:
     A body is ignored.
     """
     drain_body()
-    renewal = store().heartbeat(g.subject, id)
+    renewal = store().heartbeat(g.subject, well_formed(id))
     return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
 
@@ -55,17 +92,16 @@ def heartbeat_many() -> dict[str, Any]:
     For gateways. The results are in the order of the ids.
     """
     ids = load_body(HeartbeatManySchema())["ids"]
-    possible = [id for id in ids if re.fullmatch(SESSION_ID, id)]
-    counted = current_app.extensions["metrics"].heartbeats
+    possible = list(filter(WELL_FORMED.fullmatch, ids))
     try:
         renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
     except StoreUnavailable:
-        counted["failed"].inc(len(ids))
+        counted().heartbeats("failed", len(ids))
         raise
     results = [heartbeat_result(id, renewals.get(id)) for id in ids]
     missing = sum(not result["success"] for result in results)
-    counted["renewed"].inc(len(ids) - missing)
-    counted["not_found"].inc(missing)
+    counted().heartbeats("renewed", len(ids) - missing)
+    counted().heartbeats("not_found", missing)
     if missing:
         emit("sessions_not_found", number=missing)
     return {"success": True, "message": "Sessions updated successfully", "results": results}
@@ -93,7 +129,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
     session = store().open(g.subject, ip_address=peer_address(), **options)
-    current_app.extensions["metrics"].opened.inc()
+    counted().opened()
     emit("session_opened", session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
     seconds = (session.expires_at_ms - session.last_activity_ms) // 1000
@@ -105,7 +141,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
 @requires_token
 def get_session(id: str) -> dict[str, Any]:
     """Read a session without extending it."""
-    return {"success": True, "session": SessionSchema().dump(store().get(g.subject, id))}
+    return {"success": True, "session": SessionSchema().dump(store().get(g.subject, well_formed(id)))}
 
 
 @bp.post("/<session_id:id>/revoke")
@@ -116,9 +152,7 @@ def revoke(id: str) -> dict[str, Any]:
     No heartbeat brings it back. A body is ignored.
     """
     drain_body()
-    store().revoke(g.subject, id)
-    current_app.extensions["metrics"].revoked.inc()
-    emit("session_revoked", session=id)
+    end_sessions(g.subject, id)
     return {"success": True, "message": "Session revoked successfully"}
 
 
@@ -129,9 +163,7 @@ def revoke_all() -> dict[str, Any]:
 
     The body is optional; `exceptSessionId` names the session to spare.
     """
-    number = store().revoke_all(g.subject, **load_body(RevokeAllSchema()))
-    current_app.extensions["metrics"].revoked.inc(number)
-    emit("sessions_revoked", number=number)
+    end_sessions(g.subject, **load_body(RevokeAllSchema()))
     return {"success": True, "message": "All sessions revoked successfully"}
 
 

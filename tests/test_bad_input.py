@@ -7,11 +7,11 @@ import redis
 from flask import Flask
 
 from app.bodies import LARGEST_BODY
-from tests.conftest import FAILURES, Caller, Clock, answer, fake_only
+from tests.conftest import FAILURES, Caller, Clock, Log, answer, fake_only
 
 MISSING = "A" * 32
 STRANGE_IDS = {
-    "empty": "",
+    "one letter": "A",
     "not UTF-8": "%FF",
     "also not UTF-8": "%FE",
     "id and not UTF-8": "A" * 31 + "%FF",
@@ -72,7 +72,19 @@ def test_strange_id(alice: Caller, database: redis.Redis, id: str, method: str, 
     missing = alice.raw(method, f"/sessions/{MISSING}{path}")
     assert missing.status_code == 404
     assert answer(alice.raw(method, f"/sessions/{id}{path}")) == answer(missing)
+    assert answer(alice.raw(method, f"/sessions/{id}{path}/")) == answer(missing)
     assert database.keys() == []
+
+
+@fake_only
+@pytest.mark.parametrize("method, path", [("POST", "/heartbeat"), ("POST", "/revoke"), ("GET", "")])
+@pytest.mark.parametrize("id", STRANGE_IDS.values(), ids=STRANGE_IDS)
+def test_strange_id_without_token(alice: Caller, log: Log, id: str, method: str, path: str) -> None:
+    """What cannot be an id is a 401 like the rest where there is no token, and a line in the log either way."""
+    alice.raw(method, f"/sessions/{id}{path}")
+    alice.headers = {}
+    assert alice.raw(method, f"/sessions/{id}{path}").status_code == 401
+    assert log.names() == ["session_not_found", "token_refused"]
 
 
 @fake_only
@@ -91,32 +103,59 @@ def test_strange_id_while_the_store_is_down(alice: Caller, database: redis.Redis
     [
         "//",
         "///",
-        "/sessions/",
         "/sessions//",
-        "/sessions/{id}/",
+        "/sessions//heartbeat",
         "/sessions//{id}",
         "/sessions//{id}/heartbeat",
         "/sessions/{id}//heartbeat",
-        "/sessions/{id}/heartbeat/",
         "/sessions/{id}/heartbeat//",
         "/sessions/{id}/Heartbeat",
-        "/sessions/{id}/revoke/",
         "/sessions/{id}/revoke/{id}",
-        "/sessions/revoke-all/",
+        "/sessions/heartbeat/heartbeat",
+        "/sessions/revoke-all/revoke",
+        "/sessions%2F{id}",
         "/SESSIONS",
         "/sessions%00",
         "/sessions%FF",
-        "/healthz/",
         "//example.com/sessions",
         "/%2e%2e/sessions",
         "/sessions%3Fid=1",
     ],
 )
 def test_no_such_path(alice: Caller, method: str, path: str) -> None:
-    """A path that is not quite one of ours is not found, whatever the method, and nobody is sent elsewhere."""
+    """A path that is not quite one of ours is not found, whatever the method, and no redirect.
+
+    The sentence is not that of an ended session, at which a device would open a new one.
+    """
     id = alice.open()
     assert refused(alice, method, path.format(id=id)) == 404
+    if method != "HEAD":
+        assert alice.raw(method, path.format(id=id)).json == {"success": False, "error": "Not found"}
     assert alice.ids() == [id]
+
+
+@pytest.mark.parametrize("method, path", FAILURES)
+def test_slash_at_the_end(alice: Caller, method: str, path: str) -> None:
+    """A slash at the end of a path changes nothing."""
+    ids = [alice.open(), alice.open()]
+    body = {"json": {"ids": ids}} if path == "/sessions/heartbeat" else {}
+    plain, slashed = (alice.raw(method, path.format(id=id) + end, **body) for id, end in zip(ids, ("", "/")))
+    assert plain.status_code == slashed.status_code in (200, 201)
+    assert list(plain.json) == list(slashed.json)
+    refused_plain, refused_slashed = (alice.raw("DELETE", path.format(id=ids[0]) + end) for end in ("", "/"))
+    assert refused_plain.status_code == 405
+    assert answer(refused_plain) == answer(refused_slashed)
+
+
+@fake_only
+@pytest.mark.parametrize("path", ["/sessions/heartbeat", "/sessions/revoke-all"])
+@pytest.mark.parametrize("end", ["", "/"])
+def test_names_are_no_ids(alice: Caller, path: str, end: str) -> None:
+    """The name of an endpoint is not taken for a session's id, with or without a token."""
+    for _ in range(2):
+        response = alice.raw("GET", path + end)
+        assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+        alice.headers = {}
 
 
 @fake_only

@@ -143,6 +143,7 @@ def test_token_refused(app: Flask, log: Log, authorization: str | None, reason: 
     [line] = log.take()
     assert (answer.status_code, line["event"], line["reason"]) == (401, "token_refused", reason)
     assert line["request_id"] == answer.headers["X-Request-Id"]
+    assert line["address"] == "127.0.0.1"
     assert authorization is None or authorization.split()[1] not in str(line)
 
 
@@ -206,6 +207,10 @@ def one_too_many(app: Flask) -> TestResponse:
     return Caller(app, "carol").post("/sessions")
 
 
+def none_revoked(app: Flask) -> TestResponse:
+    return Caller(app).post("/sessions/revoke-all")
+
+
 def met_bug(app: Flask) -> TestResponse:
     return app.test_client().get("/bug")
 
@@ -227,6 +232,7 @@ def test_flood(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
         ("session_not_found", ""): missing,
         ("sessions_not_found", ""): many_missing,
         ("limit_reached", ""): one_too_many,
+        ("sessions_revoked", ""): none_revoked,
         ("unexpected_error", "ZeroDivisionError"): met_bug,
     }
     named = {kind: [flood(app).headers.get("X-Request-Id") for _ in range(25)] for kind, flood in floods.items()}
@@ -258,7 +264,8 @@ def test_quiet_again(caplog: pytest.LogCaptureFixture) -> None:
     assert [limiter.allow("a") for _ in range(11)] == [True] * 10 + [False]
     assert limiter.allow("b") and limiter.allow("a", "another reason")
     until(lambda: "lines_dropped" in caplog.messages)
-    assert [(record.dropped, record.number) for record in caplog.records] == [("a", 1)]
+    dropped = [record for record in caplog.records if record.message == "lines_dropped"]
+    assert [(record.dropped, record.number) for record in dropped] == [("a", 1)]
     assert [limiter.allow("a") for _ in range(10)] == [True] * 10
     until(lambda: not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)])
 
@@ -472,6 +479,7 @@ def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
     }
     for line in lines:
         assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0), line
+        assert ("address" in line) == (line["event"] == "token_refused"), line
     written = file.read_text()
     assert [secret for secret in secrets | {MISSING} if secret in written] == []
     assert len({line["subject"] for line in lines if "subject" in line}) == 1
