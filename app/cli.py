@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from app.auth import LONGEST_SUBJECT
 from app.config import Config, ConfigError
 from app.responses import rfc3339
 from app.schemas import SessionSchema
-from app.sessions import store
+from app.sessions import end_sessions, store
 from app.store import SessionNotFound, StoreUnavailable
 
 bp = Blueprint("cli", __name__, cli_group=None)
@@ -100,15 +101,12 @@ def list_sessions(subject: str, as_json: bool) -> None:
 @click.argument("subject")
 @click.option("--id", help="Only this session.")
 def revoke(subject: str, id: str | None) -> None:
-    """End SUBJECT's sessions, or one of them."""
-    if id is None:
-        click.echo(f"{store().revoke_all(subject)} revoked")
-        return
+    """End SUBJECT's sessions, or one of them. The line that the service would log goes to stderr."""
     try:
-        store().revoke(subject, id)
+        with events.logged_to(sys.stderr):
+            click.echo(f"{end_sessions(subject, id)} revoked")
     except SessionNotFound:
         raise click.ClickException("there is no such session") from None
-    click.echo("1 revoked")
 
 
 @bp.cli.command(context_settings={"ignore_unknown_options": True})  # ids may begin with -

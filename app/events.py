@@ -5,9 +5,12 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 from flask import Response, after_this_request, current_app, g, has_request_context, request
+from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger("sessions")
 
@@ -68,6 +71,24 @@ def emit(event: str, *, subject: str | None = None, session: str | None = None, 
     hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
     ours = {"request_id": request_id()} if has_request_context() else {}
     log.info(event, extra={**ours, **hashes, **fields})
+
+
+@contextmanager
+def logged_to(stream: TextIO) -> Iterator[None]:
+    """Write the events to a stream meanwhile, as gunicorn.conf.py has the service write them."""
+    handler = logging.StreamHandler(stream)
+    names = {"levelname": "level", "name": "logger", "message": "event", "process": "pid"}
+    handler.setFormatter(
+        JsonFormatter(" ".join(f"%({name})s" for name in names), rename_fields=names, timestamp="time")
+    )
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def pseudonym(value: str) -> str:

@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import requests
 from click.testing import Result
 from flask import Flask
 
 from app.cli import commands_only
 from app.config import Config, ConfigError
-from tests.conftest import SECRET, Caller
-from tests.servers import ROOT
+from tests.conftest import SECRET, Caller, Log, token
+from tests.servers import ROOT, RedisServer, gunicorn_logged, log_lines, until
 
 
 def run(app: Flask, *words: str) -> Result:
@@ -168,9 +170,11 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gone")
 @pytest.mark.parametrize("command", [["list", "alice"], ["revoke", "alice"], ["revoke", "alice", "--id", "A" * 32]])
 def test_sessions_without_redis(app: Flask, command: list[str]) -> None:
-    """Where Redis is in trouble one line says so."""
+    """Where Redis is in trouble one line says so, behind the one of the log that says what may have ended."""
     result = run(app, "sessions", *command)
-    assert (result.exit_code, result.output) == (1, "Error: Redis is in trouble: OSError: gone\n")
+    *logged, line = result.output.splitlines()
+    assert (result.exit_code, line) == (1, "Error: Redis is in trouble: OSError: gone")
+    assert [json.loads(each)["event"] for each in logged] == ["revoke_uncertain"] * (command[0] == "revoke")
 
 
 def test_nothing_beside_the_one_line() -> None:
@@ -184,7 +188,7 @@ def test_nothing_beside_the_one_line() -> None:
 def test_revoke_one(app: Flask, alice: Caller) -> None:
     """One session of a subject is ended by its id."""
     id, other = alice.open(), alice.open()
-    assert run(app, "sessions", "revoke", "alice", "--id", id).output == "1 revoked\n"
+    assert run(app, "sessions", "revoke", "alice", "--id", id).stdout == "1 revoked\n"
     assert alice.ids() == [other]
     assert run(app, "sessions", "revoke", "alice", "--id", id).exit_code == 1
 
@@ -200,8 +204,55 @@ def test_revoke_all(app: Flask, alice: Caller, bob: Caller) -> None:
     """All sessions of a subject are ended, and nobody else's."""
     alice.open(), alice.open()
     id = bob.open()
-    assert run(app, "sessions", "revoke", "alice").output == "2 revoked\n"
+    assert run(app, "sessions", "revoke", "alice").stdout == "2 revoked\n"
     assert (alice.ids(), bob.ids()) == ([], [id])
+
+
+def test_malformed_id(app: Flask, alice: Caller) -> None:
+    """What cannot be an id is no session's."""
+    id = alice.open()
+    result = run(app, "sessions", "revoke", "alice", "--id", f"{id}\n")
+    assert (result.exit_code, result.output) == (1, "Error: there is no such session\n")
+    assert alice.ids() == [id]
+
+
+def test_trace(app: Flask, alice: Caller, log: Log) -> None:
+    """What the command line ends is counted, and is the line on stderr that the service would log for the same."""
+    ids = [alice.open() for _ in range(4)]
+    log.take()
+    alice.revoke(ids[0])
+    one = run(app, "sessions", "revoke", "alice", "--id", ids[1])
+    all_ = run(app, "sessions", "revoke", "alice")
+    served, *_ = log.take()
+    revoked, all_revoked = (json.loads(result.stderr) for result in (one, all_))
+    assert list(revoked) == ["level", "logger", "event", "pid", "subject", "session", "time"]
+    assert (revoked["event"], all_revoked["event"], all_revoked["number"]) == ("session_revoked", "sessions_revoked", 2)
+    assert revoked["subject"] == all_revoked["subject"] == served["subject"]
+    assert revoked["session"] == run(app, "pseudonym", ids[1]).output.strip() != served["session"]
+    assert "sessions_revoked_total 4.0" in app.test_client().get("/metrics").get_data(as_text=True)
+
+
+def test_trace_in_a_terminal(redis_server: RedisServer, tmp_path: Path) -> None:
+    """A line of the command line's has the fields of the service's own, but for the request's id."""
+    file, environ = tmp_path / "log", {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}
+    with gunicorn_logged(environ, file) as (_, port):
+        auth = {"Authorization": f"Bearer {token()}"}
+        ids = []
+        for _ in range(2):
+            answer = requests.post(f"http://127.0.0.1:{port}/sessions", headers=auth, timeout=10)
+            ids.append(answer.json()["session"]["id"])
+        requests.post(f"http://127.0.0.1:{port}/sessions/{ids[0]}/revoke", headers=auth, timeout=10)
+        command = [sys.executable, "-m", "flask", "--app", "wsgi", "sessions", "revoke", "alice", "--id", ids[1]]
+        env = {"PATH": os.environ["PATH"], **environ}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+        until(lambda: "session_revoked" in file.read_text())
+        [served] = [line for line in log_lines(file) if line["event"] == "session_revoked"]
+    assert (done.returncode, done.stdout) == (0, "1 revoked\n")
+    said = json.loads(done.stderr)
+    assert set(said) == set(served) - {"request_id"}
+    same = ("level", "logger", "event", "subject")
+    assert [said[name] for name in same] == [served[name] for name in same]
+    assert said["pid"] != served["pid"]
 
 
 def test_pseudonym(app: Flask) -> None:

@@ -458,7 +458,7 @@ def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
             return json.loads(connection.getresponse().read())
 
     environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "SESSION_LIMIT": "30"}
-    with gunicorn_logged(environ, file, workers=2) as (_, port):
+    with gunicorn_logged(environ, file, workers=2) as (process, port):
         for bearer in (expired, foreign, "x.y"):
             ask("GET", "/sessions", bearer)
         ids = [ask("POST", "/sessions")["session"]["id"] for _ in range(30)]
@@ -469,6 +469,8 @@ def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
         for path in (f"/sessions/{MISSING}/heartbeat", f"/sessions/{MISSING}/revoke", "/sessions/revoke-all"):
             ask("POST", path)
         until(lambda: "sessions_revoked" in file.read_text())
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        pids = {process.pid, *map(int, workers)}
     lines = log_lines(file)
     assert {line["event"] for line in lines} >= {
         "session_opened",
@@ -480,6 +482,7 @@ def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
     for line in lines:
         assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0), line
         assert ("address" in line) == (line["event"] == "token_refused"), line
+    assert {line["pid"] for line in lines} <= pids and len({line["pid"] for line in lines}) > 1
     written = file.read_text()
     assert [secret for secret in secrets | {MISSING} if secret in written] == []
     assert len({line["subject"] for line in lines if "subject" in line}) == 1
