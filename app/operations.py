@@ -60,7 +60,9 @@ def liveness() -> dict[str, str]:
 
 @bp.get("/readyz")
 def readiness() -> Response:
-    """Whether this process can serve sessions: Redis answers, within 1.5 seconds."""
+    """Whether this process can serve sessions: it has signing keys, and Redis answers, within 1.5 seconds."""
+    if not current_app.extensions["keys"].loaded:
+        return error(503, headers=retry_after(5), status="unavailable")
     try:
         current_app.extensions["session_store"].ping()
     except StoreUnavailable:

@@ -146,6 +146,7 @@ def test_key_set(
         counted = samples(app.test_client().get("/metrics").get_data(as_text=True))
         issuer.shutdown()
         thread.join()
+        assert app.test_client().get("/readyz").status_code == (503 if failures else 200)
     assert counted["key_set_failures_total", frozenset()] == failures
     fetched = counted["key_set_fetched_timestamp_seconds", frozenset()]
     assert (time.time() - fetched < 60) == (not failures) and (fetched > 0) == (not failures)

@@ -349,6 +349,8 @@ def answers(
             yield send(json={})
         if path == "/metrics":
             yield from [http.get(path, headers=headers) for http in others for headers in (alice.headers, {})]
+        if path == "/readyz":
+            yield make_app(jwt_secret=(), jwt_jwks_url="http://127.0.0.1:9/").test_client().get(path)
 
     return ask
 
