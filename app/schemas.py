@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from marshmallow import Schema, ValidationError, fields, post_dump, validate
+from marshmallow import Schema, ValidationError, fields, post_dump, pre_load, validate
 
 from app.responses import rfc3339
 
@@ -60,6 +60,14 @@ class OpenSchema(Schema):
         super().__init__()
         # A new list, since the old one is shared by all instances.
         self.fields["idle_timeout"].validators = [validate.Range(1, idle_max)]
+
+    @pre_load
+    def leave_out_null(self, data: Any, **kwargs: Any) -> Any:
+        """Some serializers write null for what is absent. Under an unknown name it is refused like any value."""
+        if isinstance(data, dict):
+            known = {field.data_key or name for name, field in self.fields.items()}
+            return {name: value for name, value in data.items() if value is not None or name not in known}
+        return {} if data is None else data
 
 
 class Ids(fields.Field[list[str]]):

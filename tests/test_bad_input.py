@@ -1,5 +1,6 @@
 """Input that nobody should send: a 4xx in the contract's shape, and nothing written."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -193,7 +194,6 @@ OBJECTS = {
     "list of objects": (b"[{}]", 422),
     "number": (b"5", 422),
     "string": (b'"deviceName"', 422),
-    "null": (b"null", 422),
     "true": (b"true", 422),
     "beyond a double": (b'{"idleTimeoutSeconds": 1e999}', 422),
     "unknown field": (b'{"colour": "red"}', 422),
@@ -267,8 +267,8 @@ def test_spellings_of_the_content_type(alice: Caller, content_type: str) -> None
     assert alice.post("/sessions", data=b'{"location": "x"}', content_type=content_type).status_code == 201
 
 
-STRANGE_TEXTS = ["", 5, 1.5, True, None, [], {}, ["x"], "\ud800", "x\udfff"]
-STRANGE_SECONDS = [0, -1, 1.5, "5", "", True, False, None, [], {}, 10**30, -(10**30), 1e300]
+STRANGE_TEXTS = ["", 5, 1.5, True, [], {}, ["x"], "\ud800", "x\udfff"]
+STRANGE_SECONDS = [0, -1, 1.5, "5", "", True, False, [], {}, 10**30, -(10**30), 1e300]
 
 
 @fake_only
@@ -281,6 +281,7 @@ STRANGE_SECONDS = [0, -1, 1.5, "5", "", True, False, None, [], {}, 10**30, -(10*
         (field, "2099-01-01T00:00:00.000Z")
         for field in ("startedAt", "expiresAt", "lastActivity", "userId", "id", "ipAddress", "subject", "success")
     ]
+    + [("startedAt", None), ("login_method", None)]
     + [
         ("devicename", "x"),
         ("device_name", "x"),
@@ -321,6 +322,26 @@ def test_apps_side_by_side(make_app: Callable[..., Flask]) -> None:
     narrow, wide = Caller(make_app(session_idle_max_seconds=7)), Caller(make_app(session_idle_max_seconds=70))
     assert narrow.post("/sessions", json={"idleTimeoutSeconds": 70}).status_code == 422
     assert wide.post("/sessions", json={"idleTimeoutSeconds": 70}).status_code == 201
+
+
+@fake_only
+@pytest.mark.parametrize("field", ["deviceName", "location", "loginMethod", "idleTimeoutSeconds"])
+def test_null_is_absent(alice: Caller, field: str) -> None:
+    """A field that is null when a session is opened counts as absent, and so does a body that is null."""
+    for body in (None, {field: None}, {"deviceName": None, "location": None, "loginMethod": None}):
+        opened = alice.post("/sessions", data=json.dumps(body), content_type=JSON)
+        assert opened.status_code == 201
+        assert not {"deviceName", "location"} & set(opened.json["session"])
+        assert opened.json["session"]["loginMethod"] == "token"
+
+
+@fake_only
+@pytest.mark.parametrize("body", [None, {"exceptSessionId": None}])
+def test_null_revokes_nothing(alice: Caller, body: object) -> None:
+    """For revoke-all null is a 422, as a session may have been meant to be spared."""
+    id = alice.open()
+    assert refused(alice, "POST", "/sessions/revoke-all", data=json.dumps(body), content_type=JSON) == 422
+    assert alice.ids() == [id]
 
 
 @fake_only
