@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 from urllib.parse import unquote
 
 import redis as redis_py
@@ -43,6 +44,19 @@ class APIFlask(Flask):
         return MapAdapter(self.url_map, "localhost", request.root_path or "/", "", "http", path, request.method)
 
 
+class TrustedProxies(ProxyFix):
+    """The caller's address as the outermost proxy saw it, and the prefix that the nearest one has cut off the path."""
+
+    PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        prefix = environ.get("HTTP_X_FORWARDED_PREFIX")
+        # The last of several: not every proxy adds one, and the first may be the caller's own.
+        if prefix is not None and self.PREFIX.fullmatch(last := prefix.rpartition(",")[2].strip()):
+            environ["SCRIPT_NAME"] = last
+        return super().__call__(environ, start_response)
+
+
 def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     """The WSGI application for one configuration; `redis` stands in for the client that `config.redis_url` names."""
     app = APIFlask(__name__, static_folder=None)
@@ -72,7 +86,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     if config.cors_origins:
         _enable_cors(app, config.cors_origins)
     if config.trusted_proxies:
-        app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)  # type: ignore[method-assign]
+        app.wsgi_app = TrustedProxies(app.wsgi_app, config.trusted_proxies, x_proto=0)  # type: ignore[method-assign]
     return app
 
 

@@ -22,6 +22,9 @@ from app.schemas import (
 )
 from app.store import CHUNK, Renewal, SessionNotFound, SessionStore, StoreUnavailable
 
+# As some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
+WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")
+
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 WELL_FORMED = re.compile(SESSION_ID)
 
@@ -177,7 +180,7 @@ def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:
 def peer_address() -> str | None:
     """The caller's IP address, or None where a proxy names something else."""
     try:
-        address = ip_address(request.remote_addr or "")
+        address = ip_address(WITH_PORT.sub(r"\1\2", request.remote_addr or ""))
     except ValueError:
         return None
     # An IPv4 client on an IPv6 socket (RFC 4291 §2.5.5.2). A zone means something on the proxy's machine only.

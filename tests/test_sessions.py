@@ -331,6 +331,15 @@ PEER, CLIENT, SPOOFED = "203.0.113.9", "198.51.100.7", "192.0.2.66"
         (1, f"{SPOOFED}, {CLIENT}", CLIENT),
         (1, "2001:DB8::1", "2001:db8::1"),
         (1, f"::ffff:{CLIENT}", CLIENT),
+        (1, f"{CLIENT}:51234", CLIENT),
+        (1, f"{SPOOFED}:80, {CLIENT}:51234", CLIENT),
+        (1, "[2001:db8::1]:443", "2001:db8::1"),
+        (1, '"[2001:db8::1]:443"', "2001:db8::1"),
+        (1, "[2001:db8::1]", "2001:db8::1"),
+        (1, f"[::ffff:{CLIENT}]:443", CLIENT),
+        (1, f"{CLIENT}:port", None),
+        (1, "[<script>]:443", None),
+        (0, f"{CLIENT}:51234", PEER),
         (1, "fe80::1%<script>", "fe80::1"),
         (1, f"{SPOOFED}, unknown", None),
         (1, "<script>", None),
@@ -348,6 +357,31 @@ def test_ip_address(make_app: Callable[..., Flask], proxies: int, forwarded: str
     opened = alice.post("/sessions", environ_overrides={"REMOTE_ADDR": PEER})
     assert opened.json["session"].get("ipAddress") == expected
     assert opened.headers["Location"].startswith("/sessions/")
+
+
+@pytest.mark.parametrize(
+    "proxies, prefix, expected",
+    [
+        (1, "/api", "/api"),
+        (1, "/a.b~c_d-e/V1", "/a.b~c_d-e/V1"),
+        (2, "/api", "/api"),
+        (1, "/forged, /api", "/api"),
+        (0, "/api", ""),
+        *(
+            (1, bad, "")
+            for bad in ("", "api", "/", "//evil.example", "/api/", "/a b", "/a%2fb", "/\xe9", "/api, //evil")
+        ),
+    ],
+)
+def test_location_behind_a_prefix(make_app: Callable[..., Flask], proxies: int, prefix: str, expected: str) -> None:
+    """The Location has the prefix that a trusted proxy names, where it is one, and paths are matched as before."""
+    alice = Caller(make_app(trusted_proxies=proxies))
+    alice.headers["X-Forwarded-Prefix"] = prefix
+    opened = alice.post("/sessions")
+    path = f"/sessions/{opened.json['session']['id']}"
+    assert opened.headers["Location"] == expected + path
+    assert alice.post(f"{path}/heartbeat").status_code == 200
+    assert alice.get(f"/api{path}").status_code == 404
 
 
 ALWAYS = {"id", "startedAt", "lastActivity", "expiresAt", "loginMethod"}
