@@ -54,7 +54,8 @@ UNQUOTED = Regexp(r"""(?s:(?!(["']).*\1\Z))""", error="must not stand in quotes"
 HTTP_URL = Regexp(rf"https?://{_USER}{_HOST}([/?]\S*)?\Z", error="must be an https:// address")
 LOOPBACK_URL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])")
 ORIGIN = Regexp(  # RFC 6454 §6.2
-    r"https?://[a-z0-9.-]+(:[0-9]+)?\Z", error="must be origins such as https://app.example.com, separated by spaces"
+    r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?\Z",
+    error="must be origins such as https://app.example.com, separated by spaces",
 )
 METRICS_TOKEN = Regexp(
     r"([\w.~+/=-]{16,}|off)\Z", re.ASCII, error="must be 16 or more letters, digits and -._~+/=, or off"

@@ -118,7 +118,17 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
     ]
     + [
         bad_value("CORS_ORIGINS", value, "must be origins such as https://app.example.com, separated by spaces")
-        for value in ("*", "app.example.com", "https://app.example.com/", "https://a.example https://B.example", "null")
+        for value in (
+            "*",
+            "app.example.com",
+            "https://app.example.com/",
+            "https://a.example https://B.example",
+            "null",
+            "https://*.example.com",
+            "https://",
+            "https://[::1",
+            "https://user@app.example.com",
+        )
     ]
     + [bad_value("JWT_ALGORITHMS", "none", "none cannot be used with JWT_SECRET")],
 )

@@ -9,11 +9,13 @@ import requests
 from flask import Flask
 from flask.testing import FlaskClient
 
+from app.config import Config
 from tests.browser import Browser
 from tests.conftest import SECRET, Caller, token
 from tests.servers import RedisServer, gunicorn
 
 FRIEND, STRANGER = "https://app.example.com", "https://evil.example.com"
+ENVIRON = {"REDIS_URL": "memory://", "WEB_CONCURRENCY": "1", "JWT_SECRET": SECRET}
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
 
 
@@ -49,6 +51,28 @@ def test_stranger(http: FlaskClient, origin: str) -> None:
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
+APPS = ["capacitor://localhost", "http://[::1]:8080", "chrome-extension://abcdefgh", "https://app_1.example.com:8443"]
+
+
+@pytest.mark.parametrize("origin", APPS)
+def test_origins_of_apps(make_app: Callable[..., Flask], origin: str) -> None:
+    """Any scheme, host and port may be listed, and what only looks like a listed one is allowed nothing."""
+    http = make_app(
+        cors_origins=Config.from_env({**ENVIRON, "CORS_ORIGINS": " ".join(APPS)}).cors_origins
+    ).test_client()
+    for given, allowed in ((origin, origin), (origin + "0", None), (origin.replace("a", "b").replace(":", "x"), None)):
+        response = http.options("/sessions", headers={"Origin": given, **PREFLIGHT})
+        assert response.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_headers_that_are_asked_for(http: FlaskClient) -> None:
+    """A preflight is allowed the headers that it asks for, and only from a listed origin."""
+    asked = "authorization, baggage, content-type, traceparent, x-anything"
+    for origin, allowed in ((FRIEND, asked), (STRANGER, None)):
+        headers = {"Origin": origin, **PREFLIGHT, "Access-Control-Request-Headers": asked}
+        assert http.options("/sessions", headers=headers).headers.get("Access-Control-Allow-Headers") == allowed
+
+
 def test_exposed(open_app: Flask) -> None:
     """A script may read how long the session lasts and when to come again."""
     alice = Caller(open_app)
@@ -74,7 +98,7 @@ PAGE = "<!DOCTYPE html><title>-</title>"
 # What a page's script would do: keep a session alive and read how long it lasts.
 SCRIPT = """
 const [address, token, done] = arguments;
-fetch(address, {method: "POST", headers: {Authorization: "Bearer " + token}})
+fetch(address, {method: "POST", headers: {Authorization: "Bearer " + token, traceparent: "00-1", baggage: "a=b"}})
   .then(answer => answer.json().then(body => done([answer.status, answer.headers.get("Session-Expires-In")])))
   .catch(error => done(["refused", null]));
 """
@@ -109,7 +133,7 @@ class Page(BaseHTTPRequestHandler):
 
 
 def test_browser(browser: Browser, redis_server: RedisServer, origin: Callable[[], str]) -> None:
-    """In a browser a page of an allowed origin keeps a session alive, and a page of another one is refused."""
+    """In a browser a page of an allowed origin, with tracing, keeps a session alive; one of another is refused."""
     friend, stranger = origin(), origin()
     redis_server.client.flushall()
     with gunicorn({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "CORS_ORIGINS": friend}) as address:
