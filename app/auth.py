@@ -101,8 +101,8 @@ class TokenVerifier:
         if len(token) > LONGEST_TOKEN or not COMPACT_JWS.fullmatch(token):
             raise TokenInvalid("malformed")
         subject, exp = self._verify(token)
-        # One that expires sooner would be taken for too long.
-        if exp + self._leeway >= time.time() + REMEMBERED_SECONDS:
+        # One that expires sooner would be taken for too long. PyJWT leaves fractions of a second out.
+        if int(exp) + self._leeway >= time.time() + REMEMBERED_SECONDS:
             with self._lock:
                 self._remembered[key] = token, subject
         return subject
@@ -118,8 +118,8 @@ class TokenVerifier:
             key = _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id))
             claims = self._jwt.decode(token, key, self._algorithms, leeway=self._leeway, **self._expected)
             return self._subject(claims), claims["exp"]
-        # PyJWT lets the last three escape for odd headers and payloads.
-        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError) as error:
+        # PyJWT lets the others escape for odd headers and payloads.
+        except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TokenInvalid(REASONS.get(type(error), "malformed"), key_id or "") from None
 
     def _subject(self, claims: dict[str, Any]) -> str:

@@ -90,6 +90,16 @@ def test_expiry(make_app: MakeApp, still: time_machine.Traveller, leeway: int, l
     assert alice.get("/sessions").status_code == 401
 
 
+def test_fraction_of_a_second(make_app: MakeApp, still: time_machine.Traveller) -> None:
+    """An exp with a fraction is good for its whole seconds, remembered or not."""
+    app = make_app(jwt_leeway_seconds=0)
+    new, known = Caller(app, exp=int(time.time()) + 60.5, jti="1"), Caller(app, exp=int(time.time()) + 60.5, jti="2")
+    still.shift(0.4)
+    assert known.get("/sessions").status_code == 200
+    still.shift(59.7)
+    assert [each.get("/sessions").status_code for each in (new, known)] == [401, 401]
+
+
 def test_verified_once_a_minute(app: Flask, keys: KeyRing, still: time_machine.Traveller) -> None:
     """The signature of a token in use is checked once a minute."""
     alice = Caller(app)
