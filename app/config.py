@@ -23,6 +23,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError
 from marshmallow.fields import Boolean, Field, Float, Function, Integer, String
 from marshmallow.validate import Length, Range, Regexp
 
+VERSION = "1.0.0"  # as in setup.cfg, which is not there where only the app was copied
 # RFC 7518 §3.2: an HMAC key is at least as long as the hash it is used with.
 HMAC_KEY_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
@@ -52,7 +53,7 @@ UTF8 = Regexp(r"[^\ud800-\udfff]*\Z", error="is not UTF-8")
 # A shell takes quotes away; docker's --env-file does not, and they would become a part of a secret.
 UNQUOTED = Regexp(r"""(?s:(?!(["']).*\1\Z))""", error="must not stand in quotes")
 HTTP_URL = Regexp(rf"https?://{_USER}{_HOST}([/?]\S*)?\Z", error="must be an https:// address")
-LOOPBACK_URL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])")
+LOOPBACK_URL = re.compile(rf"http://{_USER}(localhost|127\.0\.0\.1|\[::1\])(:\d+)?([/?]|\Z)")
 ORIGIN = Regexp(  # RFC 6454 §6.2
     r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?\Z",
     error="must be origins such as https://app.example.com, separated by spaces",
@@ -152,23 +153,22 @@ def parse_public_key(text: str) -> str:
             key = load_der_public_key(der)
         except ValueError:
             key = load_der_x509_certificate(der).public_key()
-        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-        algorithms_of(pem)
+        if algorithms_of(key):
+            return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     except (ValueError, UnsupportedAlgorithm):
-        raise ValidationError("must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519") from None
-    return pem
+        pass
+    raise ValidationError("must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519")
 
 
-def algorithms_of(pem: str) -> tuple[str, ...]:
-    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a PEM public key can verify. Raises ValueError for none."""
-    key = load_pem_public_key(pem.encode())
+def algorithms_of(key: object) -> tuple[str, ...]:
+    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a public key can verify; none for any other object."""
     if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
         return RSA_ALGORITHMS
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in EC_ALGORITHMS:
         return (EC_ALGORITHMS[key.curve.name],)
     if isinstance(key, ed25519.Ed25519PublicKey):
         return ("EdDSA",)
-    raise ValueError("unsupported key")
+    return ()
 
 
 def setting(parse: Field[Any] | Callable[[str], Any], default: Any = None, *, secret: bool = False) -> Any:
@@ -266,7 +266,9 @@ class Config:
         if self.jwt_secret:
             shortest = min(len(secret.encode()) for secret in self.jwt_secret)
             return tuple(name for name, least in HMAC_KEY_BYTES.items() if least <= shortest)
-        return algorithms_of(self.jwt_public_key) if self.jwt_public_key else PUBLIC_KEY_ALGORITHMS
+        if self.jwt_public_key:
+            return algorithms_of(load_pem_public_key(self.jwt_public_key.encode()))
+        return PUBLIC_KEY_ALGORITHMS
 
     @property
     def pseudonym_key(self) -> bytes:

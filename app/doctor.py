@@ -59,7 +59,7 @@ def examine(app: Flask) -> Iterator[Finding]:
     if app.extensions["keys"].loaded:
         yield Finding("ok", "Signing keys are loaded")
     else:
-        yield Finding("failure", "No signing key could be loaded from JWT_JWKS_URL")
+        yield Finding("failure", f"No signing key could be loaded: {app.extensions['keys'].error}")
     store: SessionStore = app.extensions["session_store"]
     try:
         id = store.open("doctor", login_method="doctor", idle_timeout=60).id

@@ -1,23 +1,26 @@
 """Where signing keys come from (secrets, a PEM, or a key set refreshed in the background), and what each can verify."""
 
-import http.client
 import json
 import logging
 import math
+import re
+import ssl
 import threading
 import time
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPMessage
 from typing import IO, Any, NamedTuple
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.error import HTTPError, URLError
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-import gevent
 import jwt
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from app.config import EC_ALGORITHMS, HMAC_KEY_BYTES, RSA_ALGORITHMS, Config
-from app.deadline import give_way
+from app.config import HMAC_KEY_BYTES, LOOPBACK_URL, VERSION, Config, algorithms_of
+from app.deadline import deadline, give_way
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ class KeySet:
 class FixedKeys:
     """Keys that come with the configuration and stay until the next start."""
 
-    generation, fetched_at, loaded = 0, 0.0, True
+    generation, loaded, error = 0, True, ""
 
     def __init__(self, keys: Sequence[VerificationKey]) -> None:
         self._keys = KeySet(keys)
@@ -82,22 +85,20 @@ class JwksKeys:
     in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits. Where
     the set has a key without an id every token is tried with that, so no id is unknown, and a new key is found only by
     the refresh every REFRESH_EVERY seconds.
+
+    `error` says what was wrong with the last fetch, if anything. `generation` grows when the keys change: what was
+    verified under an older one is to be forgotten.
     """
 
     REFRESH_EVERY = 300.0
     RETRY_EVERY = 5.0  # while there are no keys at all
-    FETCH_TIMEOUT = 5.0
-    LARGEST = 1_000_000  # bytes of the issuer's answer
     COOLDOWN = 30.0
     UNKNOWN_KEY_WAIT = 1.0
 
-    def __init__(self, url: str, report: Callable[[float | None], None] = lambda _: None) -> None:
+    def __init__(self, source: "JwksSource", report: Callable[[float | None], None] = lambda _: None) -> None:
         """`report` is told when a fetch has succeeded, in seconds since the epoch, or None where it has failed."""
-        self.generation = 0  # grows when the keys change: what was verified under an older one is to be forgotten
-        self.fetched_at = 0.0  # seconds since the epoch
-        self._request = Request(url, headers={"Accept": "application/json"})
-        self._opener = build_opener(_HttpsRedirects)
-        self._report = report
+        self.generation, self.error = 0, f"{source.address}: no answer yet"
+        self._source, self._report = source, report
         self._fetched: Any = None
         self._keys = KeySet()
         self._asking = threading.Lock()
@@ -141,44 +142,96 @@ class JwksKeys:
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
         try:
-            # FETCH_TIMEOUT bounds each read only: an answer that trickles in could take for ever.
-            with gevent.Timeout(2 * self.FETCH_TIMEOUT, TimeoutError):
-                fetched = self._fetch()
+            fetched = self._source.fetch()
             if fetched != self._fetched:
-                keys = list(_verification_keys(fetched["keys"]))
-                if not keys:
-                    raise ValueError("it has no signing key")
-                self._use(KeySet(keys))
+                self._use(KeySet(list(_verification_keys(_members(fetched)))))
                 self._fetched = fetched
         except Exception as error:
-            log.warning("key_set_not_refreshed", extra={"reason": type(error).__name__})
+            self.error = f"{self._source.address}: {_described(error)}"
+            log.warning("key_set_not_refreshed", extra={"reason": self.error})
             self._report(None)
-            return
-        self.fetched_at = time.time()
-        self._report(self.fetched_at)
+        else:
+            self.error = ""
+            self._report(time.time())
 
     def _use(self, keys: KeySet) -> None:
+        if not keys.ids:
+            raise ValueError("none of its keys can verify a signature")
         self._keys = keys
         self.generation += 1
         if (number := keys.most_without_id()) > MOST_TRIED:
             log.warning("key_set_too_large", extra={"keys_without_id": number, "tried": MOST_TRIED})
 
-    def _fetch(self) -> Any:
-        """The issuer's answer, parsed. Raises OSError, http.client.HTTPException and ValueError."""
-        with self._opener.open(self._request, timeout=self.FETCH_TIMEOUT) as response:
+
+class JwksSource:
+    """Where a JWK Set is fetched: a URL, with its user and password if it has any, and CA certificates to trust."""
+
+    TIMEOUT = 5.0  # seconds, for each read; twice as long for all of a fetch
+    LARGEST = 1_000_000  # bytes
+
+    def __init__(self, url: str, ca_certs: str | None = None) -> None:
+        """CA certificates are PEM or the path of a file with it; without any the system's are trusted."""
+        credentials, _, host = urlsplit(url).netloc.rpartition("@")
+        full = urlsplit(url)._replace(netloc=host)
+        self.address = full._replace(query="", fragment="").geturl()  # without what may be secret
+        self._request = Request(full.geturl())
+        self._request.add_header("User-Agent", f"session-heartbeat/{VERSION}")
+        self._request.add_header("Accept", "application/json")
+        if credentials:  # RFC 7617; not for the server that this one redirects to
+            basic = b64encode(unquote_to_bytes(credentials)).decode()
+            self._request.add_unredirected_header("Authorization", f"Basic {basic}")
+        pem = ca_certs if ca_certs and ca_certs.startswith("-----BEGIN") else None
+        context = ssl.create_default_context(cafile=None if pem else ca_certs, cadata=pem)
+        self._opener = build_opener(_HttpsRedirects, HTTPSHandler(context=context))
+
+    def fetch(self) -> Any:
+        """The answer, parsed as JSON. Raises OSError, http.client.HTTPException and ValueError."""
+        # Each read is bounded, but an answer that trickles in could take for ever.
+        with deadline(2 * self.TIMEOUT), self._opener.open(self._request, timeout=self.TIMEOUT) as response:
             answer: bytes = response.read(self.LARGEST + 1)
         if len(answer) > self.LARGEST:
             raise ValueError("larger than 1 MB")
-        return json.loads(answer)
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            kind = "HTML" if answer.lstrip()[:1] == b"<" else "not JSON"
+            raise ValueError(f"it is {kind} and no key set") from None
 
 
 class _HttpsRedirects(HTTPRedirectHandler):
     """Follows redirects to https only: whoever can change the keys in transit can sign tokens."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         return super().redirect_request(req, fp, code, msg, headers, newurl) if newurl.startswith("https:") else None
+
+
+def _described(error: Exception) -> str:
+    """What went wrong with a fetch: the HTTP status or the cause. An issuer's own words are cut off."""
+    if isinstance(error, HTTPError):
+        error.close()
+        return f"HTTP status {error.code}"
+    cause = error.reason if isinstance(error, URLError) else error
+    text = str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
+    return "".join(filter(str.isprintable, text))[:300]
+
+
+def _members(fetched: Any) -> list[Any]:
+    """The `keys` of a JWK Set. Raises ValueError saying what else it is."""
+    if not isinstance(fetched, dict):
+        raise ValueError("it is JSON and no key set")
+    if "jwks_uri" in fetched:  # OpenID Connect Discovery 1.0 §3, RFC 8414 §2
+        uri = re.sub(r"(?<=://)[^/]*@", "", str(fetched["jwks_uri"]))
+        raise ValueError(f"it is a discovery document; its key set is at {uri}")
+    if any(str(value).startswith("-----BEGIN CERTIFICATE") for value in fetched.values()):
+        raise ValueError("it is a map of X.509 certificates and no key set")
+    members = fetched.get("keys")
+    if not isinstance(members, list):
+        raise ValueError("it is JSON and no key set")
+    if not members:
+        raise ValueError("it has no key")
+    return members
 
 
 def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
@@ -187,24 +240,15 @@ def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
         give_way()  # 10,000 keys take half a second
         try:
             jwk = jwt.PyJWK(data)
-            algorithms = _algorithms(jwk.key)
+            algorithms = algorithms_of(jwk.key)
             usable = jwk.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
         # What stands in a key set can be anything; one odd key does not spoil the others.
         except Exception:
             continue
         if data.get("alg") is not None:
-            algorithms = [name for name in algorithms if name == data["alg"]]
+            algorithms = tuple(name for name in algorithms if name == data["alg"])
         if usable and algorithms and isinstance(jwk.key_id, str | None):
             yield VerificationKey(jwk.key, algorithms, jwk.key_id)
-
-
-def _algorithms(key: Any) -> Sequence[str]:
-    """The JWS algorithms (RFC 7518 §3.1, RFC 8037) that a public key can verify; a private key signs, and has none."""
-    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
-        return RSA_ALGORITHMS
-    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in EC_ALGORITHMS:
-        return [EC_ALGORITHMS[key.curve.name]]
-    return ["EdDSA"] if isinstance(key, ed25519.Ed25519PublicKey | ed448.Ed448PublicKey) else ()
 
 
 Keys = FixedKeys | JwksKeys
@@ -212,11 +256,13 @@ Keys = FixedKeys | JwksKeys
 
 def load_keys(config: Config, report: Callable[[float | None], None] = lambda _: None) -> Keys:
     """The keys that a configuration names; starts the background refresh of a key set, which reports to `report`."""
-    if config.jwt_jwks_url:
-        return JwksKeys(config.jwt_jwks_url, report)
+    if url := config.jwt_jwks_url:
+        if url.startswith("http:") and not LOOPBACK_URL.match(url):
+            log.warning("key_set_not_encrypted")
+        return JwksKeys(JwksSource(url, config.jwt_jwks_ca_certs), report)
     if config.jwt_public_key:
         key: Any = load_pem_public_key(config.jwt_public_key.encode())
-        return FixedKeys([VerificationKey(key, _algorithms(key))])
+        return FixedKeys([VerificationKey(key, algorithms_of(key))])
     secrets = [secret.encode() for secret in config.jwt_secret]
     return FixedKeys(
         [VerificationKey(key, [name for name, least in HMAC_KEY_BYTES.items() if least <= len(key)]) for key in secrets]

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from app import metric_files
 from app.auth import TokenMissing, bearer_token
+from app.config import VERSION
 from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
 from app.responses import APIResponse
 from app.store import StoreUnavailable
@@ -46,7 +47,6 @@ START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", validatorU
 STYLE = """.swagger-ui .servers, .swagger-ui .servers-title, .swagger-ui .response-col_links { display: none }
 """
 
-VERSION = "1.0.0"  # as in setup.cfg, which is not there where only the app was copied
 
 bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
 metrics_bp = Blueprint("metrics", __name__)

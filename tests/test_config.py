@@ -311,7 +311,12 @@ JWKS_CA_RULE = "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWK
         ),
         *(
             ({"JWT_JWKS_URL": url}, HTTP_RULE)
-            for url in ("http://issuer.example/jwks", "http://localhost.example", "http://127.0.0.1.example:80/jwks")
+            for url in (
+                "http://issuer.example/jwks",
+                "http://localhost.example",
+                "http://127.0.0.1.example:80/jwks",
+                "http://localhost:1@issuer.example/jwks",
+            )
         ),
         ({"JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),
         ({"JWT_JWKS_URL": "http://localhost/jwks", "JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),

@@ -1,7 +1,10 @@
 """Signing keys from an issuer's key set, over HTTP on both sides."""
 
+import base64
 import contextlib
 import json
+import re
+import ssl
 import statistics
 import subprocess
 import sys
@@ -11,10 +14,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from flask import Flask
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
@@ -22,8 +27,9 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from app.config import Config
-from app.keys import JwksKeys
+from app.keys import JwksKeys, JwksSource
 from tests.servers import ROOT, until
+from tests.test_tls import Authority
 
 SHARED_SECRET = "known-to-whoever-reads-the-key-set"
 
@@ -38,12 +44,10 @@ class Issuer:
         self.headers: dict[str, str] = {}
         self.delay = 0.0
         self.requests = 0
+        self.asked: Any = {}  # the headers of the last request
         self._port = 0
         self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/jwks"
+        self.url = f"http://127.0.0.1:{self._port}/jwks"
 
     def start(self) -> None:
         issuer = self
@@ -52,6 +56,7 @@ class Issuer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.requests += 1
+                issuer.asked = self.headers
                 body = json.dumps({"keys": issuer.keys}).encode() if issuer.body is None else issuer.body
                 issuer._stopping.wait(issuer.delay)
                 with contextlib.suppress(ConnectionError):  # the caller has given up
@@ -67,6 +72,12 @@ class Issuer:
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def use_tls(self, certificate: Path, private_key: Path) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, private_key)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"https://localhost:{self._port}/jwks"
 
     def stop(self) -> None:
         self._stopping.set()
@@ -115,8 +126,9 @@ def key(issuer: Issuer) -> Key:
     return key
 
 
-def app_of(issuer: Issuer) -> Flask:
-    return create_app(Config(redis_url="memory://", jwt_jwks_url=issuer.url, web_concurrency=1))
+def app_of(issuer: Issuer, url: str = "", **settings: object) -> Flask:
+    settings["jwt_jwks_url"] = url or issuer.url
+    return create_app(Config(redis_url="memory://", web_concurrency=1, **settings))
 
 
 def ask(app: Flask, token: str) -> TestResponse:
@@ -210,7 +222,7 @@ ENDLESS = """
 from gevent import monkey
 monkey.patch_all()
 import socket, threading, time
-from app.keys import JwksKeys
+from app.keys import JwksKeys, JwksSource
 listener = socket.create_server(("127.0.0.1", 0))
 def pour():
     connection = listener.accept()[0]
@@ -223,7 +235,7 @@ def pour():
         ended.set()
 poured, ended = [], threading.Event()
 threading.Thread(target=pour, daemon=True).start()
-JwksKeys(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+JwksKeys(JwksSource(f"http://127.0.0.1:{listener.getsockname()[1]}/"))
 assert ended.wait(5), "it reads on"
 assert sum(poured) < 20_000_000, sum(poured)
 """
@@ -302,7 +314,7 @@ def test_no_key_ever(
 ) -> None:
     """Without any key the answer is 503, not 401, until the issuer is there."""
     monkeypatch.setattr(JwksKeys, "RETRY_EVERY", 0.02)
-    monkeypatch.setattr(JwksKeys, "FETCH_TIMEOUT", 0.1)
+    monkeypatch.setattr(JwksSource, "TIMEOUT", 0.1)
     monkeypatch.setattr(JwksKeys, "UNKNOWN_KEY_WAIT", 0.1)
     healthy = dict(vars(issuer))
     trouble(issuer)
@@ -366,8 +378,8 @@ DRIPPING = """
 from gevent import monkey
 monkey.patch_all()
 import socket, sys, threading, time
-from app.keys import JwksKeys, KeysUnavailable
-JwksKeys.FETCH_TIMEOUT = JwksKeys.UNKNOWN_KEY_WAIT = JwksKeys.RETRY_EVERY = 0.1
+from app.keys import JwksKeys, JwksSource
+JwksSource.TIMEOUT = JwksKeys.UNKNOWN_KEY_WAIT = JwksKeys.RETRY_EVERY = 0.1
 listener = socket.create_server(("127.0.0.1", 0))
 asked = []
 def drip(connection):
@@ -380,7 +392,7 @@ def serve():
         asked.append(listener.accept()[0])
         threading.Thread(target=drip, args=asked[-1:], daemon=True).start()
 threading.Thread(target=serve, daemon=True).start()
-JwksKeys(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+JwksKeys(JwksSource(f"http://127.0.0.1:{listener.getsockname()[1]}/"))
 end = time.monotonic() + 10
 while len(asked) < 3 and time.monotonic() < end:
     time.sleep(0.05)
@@ -521,12 +533,158 @@ def test_replaced_key(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch)
     assert status(app, key.token()) == 401
 
 
-def test_generation(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The generation grows when a key changes, even under the same id, and only then."""
+def test_unchanged_set(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the set stays the same, tokens that were verified are not verified anew after a refresh."""
     monkeypatch.setattr(JwksKeys, "REFRESH_EVERY", 0.02)
-    keys = JwksKeys(issuer.url)
-    assert keys.generation == 1
-    until(lambda: issuer.requests > 3)
-    assert keys.generation == 1
-    issuer.keys = [Key(key.id).jwk()]
-    until(lambda: keys.generation == 2)
+    app, token = app_of(issuer), Key("first", "EdDSA")
+    issuer.keys.append(token.jwk())
+    until(lambda: status(app, token.token()) == 200)
+    counted, mine = verifications(monkeypatch), token.token(padding="x")
+    for _ in range(3):
+        requests = issuer.requests
+        assert status(app, mine) == 200
+        until(lambda: issuer.requests > requests + 2)
+    assert len(counted) == 1
+
+
+def test_request(issuer: Issuer, key: Key) -> None:
+    """The issuer is asked for JSON, by a name that firewalls do not take for a script's."""
+    app_of(issuer)
+    assert issuer.asked["Accept"] == "application/json"
+    assert re.fullmatch(r"session-heartbeat/\d+\.\d+\.\d+", issuer.asked["User-Agent"])
+    assert "Authorization" not in issuer.asked
+
+
+def test_credentials(issuer: Issuer, key: Key) -> None:
+    """User and password in the key set's address are sent as RFC 7617 says, percent-decoded."""
+    url = issuer.url.replace("//", "//user:p%40ss@")
+    assert status(app_of(issuer, url), key.token()) == 200
+    assert issuer.asked["Authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode()
+
+
+DISCOVERY = {"issuer": "https://issuer.example", "jwks_uri": "https://user:hunter2@issuer.example/jwks.json"}
+
+
+def not_refreshed(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> Any:
+    """The first line about this issuer's key set; those of other tests may still be asked for theirs."""
+    refused = (record for record in caplog.records if record.getMessage() == "key_set_not_refreshed")
+    return next(record for record in refused if record.reason.startswith(f"{issuer.url}: "))
+
+
+@pytest.mark.parametrize(
+    "trouble, cause",
+    [
+        (answers(status=404), "HTTP status 404"),
+        (answers(status=403), "HTTP status 403"),
+        (answers(status=302, headers={"Location": "http://elsewhere.example/"}), "HTTP status 302"),
+        (answers(body=b"<!DOCTYPE html><html>"), "it is HTML and no key set"),
+        (answers(body=b"\xff\x00"), "it is not JSON and no key set"),
+        (answers(body=b"[" * 100_000), "it is not JSON and no key set"),
+        (answers(body=b"[]"), "it is JSON and no key set"),
+        (answers(body=b"{}"), "it is JSON and no key set"),
+        (answers(body=b'{"keys": {"a": 1}}'), "it is JSON and no key set"),
+        (
+            answers(body=json.dumps(DISCOVERY).encode()),
+            "it is a discovery document; its key set is at https://issuer.example/jwks.json",
+        ),
+        (
+            answers(body=b'{"a": "-----BEGIN CERTIFICATE-----\\nMII"}'),
+            "it is a map of X.509 certificates and no key set",
+        ),
+        (answers(keys=[]), "it has no key"),
+        (answers(keys=[oct_jwk("first")]), "none of its keys can verify a signature"),
+        (answers(body=b" " * 1_000_001), "larger than 1 MB"),
+        (Issuer.stop, "ConnectionRefusedError: [Errno 111] Connection refused"),
+    ],
+)
+def test_what_is_wrong(
+    issuer: Issuer, caplog: pytest.LogCaptureFixture, trouble: Callable[[Issuer], None], cause: str
+) -> None:
+    """The log and the doctor say what is wrong with a key set: its address, without what is secret in it, and why."""
+    trouble(issuer)
+    app = app_of(issuer, issuer.url.replace("//", "//user:hunter2@") + "?code=hunter2")
+    said = f"{issuer.url}: {cause}"
+    warning = not_refreshed(issuer, caplog)
+    assert (warning.levelname, warning.reason) == ("WARNING", said)
+    assert f"No signing key could be loaded: {said}" in app.test_cli_runner().invoke(args=["doctor"]).output
+    assert "key_set_fetched_timestamp_seconds 0.0" in app.test_client().get("/metrics").text
+
+
+def test_slow_issuer(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor says where no answer has come yet."""
+    monkeypatch.setattr(JwksKeys, "UNKNOWN_KEY_WAIT", 0.1)
+    issuer.delay = 60
+    output = app_of(issuer).test_cli_runner().invoke(args=["doctor"]).output
+    assert f"failure  No signing key could be loaded: {issuer.url}: no answer yet" in output
+
+
+def test_terminal_escapes(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that an issuer sends can steer a terminal or fill a log."""
+    issuer.body = json.dumps({"jwks_uri": "\x1b[2J\n" + "x" * 1000}).encode()
+    app = app_of(issuer)
+    warning = not_refreshed(issuer, caplog)
+    assert warning.reason.isprintable() and len(warning.reason) < 400
+    assert "\x1b" not in app.test_cli_runner().invoke(args=["doctor"]).output
+
+
+def test_empty_set_is_not_fetched(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the last fetch, on which operators alarm, stands still while a set has no key that can be used."""
+    monkeypatch.setattr(JwksKeys, "REFRESH_EVERY", 0.02)
+    app = app_of(issuer)
+
+    def fetched_at() -> str:
+        lines = app.test_client().get("/metrics").text.splitlines()
+        return next(line for line in lines if line.startswith("key_set_fetched_timestamp_seconds"))
+
+    first = fetched_at()
+    until(lambda: fetched_at() != first)
+    for empty in ([], [oct_jwk("first")]):
+        issuer.keys = empty
+        requests = issuer.requests
+        until(lambda: issuer.requests > requests + 2)
+        before = fetched_at()
+        until(lambda: issuer.requests > requests + 6)
+        assert fetched_at() == before
+    issuer.keys = [key.jwk()]
+    until(lambda: fetched_at() != before)
+
+
+@pytest.mark.parametrize("trusted", ["file", "PEM"])
+def test_private_authority(issuer: Issuer, key: Key, folder: Path, trusted: str) -> None:
+    """JWT_JWKS_CA_CERTS names the authority of an issuer inside a company, as PEM or as a file."""
+    authority = Authority()
+    issuer.use_tls(*authority.issue(folder, x509.DNSName("localhost")))
+    (folder / "ca.pem").write_text(authority.pem)
+    certificates = authority.pem if trusted == "PEM" else str(folder / "ca.pem")
+    assert status(app_of(issuer, issuer.url, jwt_jwks_ca_certs=certificates), key.token()) == 200
+
+
+def test_redirect_to_https(issuer: Issuer, key: Key, folder: Path) -> None:
+    """A redirect to https is followed, and the password is not for the server that it leads to."""
+    authority, other = Authority(), Issuer()
+    other.use_tls(*authority.issue(folder, x509.DNSName("localhost")))
+    other.keys, issuer.status, issuer.headers = issuer.keys, 302, {"Location": other.url}
+    app = app_of(issuer, issuer.url.replace("//", "//user:password@"), jwt_jwks_ca_certs=authority.pem)
+    assert status(app, key.token()) == 200
+    assert "Authorization" in issuer.asked and "Authorization" not in other.asked
+    other.stop()
+
+
+def test_unknown_authority(issuer: Issuer, key: Key, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A key set of an issuer whose certificate cannot be verified is refused, and the log says why."""
+    issuer.use_tls(*Authority().issue(folder, x509.DNSName("localhost")))
+    app = app_of(issuer, issuer.url, jwt_jwks_ca_certs=Authority().pem)
+    assert status(app, key.token()) == 503
+    assert issuer.requests == 0
+    warning = not_refreshed(issuer, caplog)
+    assert warning.reason.startswith(issuer.url) and "certificate verify failed" in warning.reason
+
+
+def test_http_from_another_machine(issuer: Issuer, key: Key, caplog: pytest.LogCaptureFixture) -> None:
+    """A key set over plain http from another machine is logged, and from this one it is not."""
+    app_of(issuer)
+    assert "key_set_not_encrypted" not in caplog.text
+    # 0.0.0.0 leads to this machine, too, but is none of the names that are taken for it.
+    app = app_of(issuer, issuer.url.replace("127.0.0.1", "0.0.0.0"), jwt_jwks_http=True)
+    [warning] = [record for record in caplog.records if record.getMessage() == "key_set_not_encrypted"]
+    assert (warning.levelname, status(app, key.token())) == ("WARNING", 200)
