@@ -1,4 +1,4 @@
-"""How gunicorn serves the app. PORT is its own: it listens on 0.0.0.0:$PORT, or on 127.0.0.1:8000 without one."""
+"""How gunicorn serves the app. The command line and GUNICORN_CMD_ARGS win over what stands here."""
 
 import contextlib
 import fcntl
@@ -34,15 +34,30 @@ logger_class = "gunicorn_edge.Logger"
 workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
 worker_connections = 10_000
 
+
+def addresses(port):
+    """All addresses of this machine, by IPv4 and by IPv6 where it has both: the networks of some platforms are IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::", 0))
+            ipv6_alone = probe.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)  # as net.ipv6.bindv6only says
+    except OSError:
+        return [f"0.0.0.0:{port}"]
+    return [f"0.0.0.0:{port}", f"[::]:{port}"] if ipv6_alone else [f"[::]:{port}"]
+
+
+port = os.environ.get("PORT", "").strip()
+bind = addresses(port) if port.isdecimal() else ["127.0.0.1:8000"]  # what is no number is refused with all the rest
+
 # A token of 16 KB fits in one field. gunicorn_edge.py bounds the head as a whole.
 limit_request_field_size = 17 * 1024
 
 # sendfile would send the body of a file apart from its head.
 sendfile = False
 
-# A proxy keeps its connections open for a minute and would lose a request that it sends on one which we are closing;
-# without a proxy, idle clients are ours to cut off.
-keepalive = 75 if os.environ.get("TRUSTED_PROXIES", "0").strip() not in ("", "0") else 5
+# A proxy would lose a request that it sends on a connection which we are closing, so it has to be the first to close:
+# AWS's closes after 60 seconds, nginx's after 60, Heroku's after 90. Without a proxy, idle clients are ours to cut off.
+keepalive = 100 if os.environ.get("TRUSTED_PROXIES", "0").strip() not in ("", "0") else 5
 timeout = 30
 # A PaaS kills what has not stopped after 30 seconds, and where connections are idle gunicorn takes all of this time.
 graceful_timeout = 10
@@ -87,6 +102,9 @@ def on_starting(server):
     """
     if not worker_tmp_dir and not folders():
         server.log.error("No folder can be written to, and gunicorn needs one: neither %s nor TMPDIR", SHARED_MEMORY)
+        sys.exit(1)
+    if server.cfg.preload_app:
+        server.log.error("--preload (preload_app) is refused: gevent has to patch a worker before the app is loaded")
         sys.exit(1)
     module = server.app.app_uri.partition(":")[0]
     environ = {name: value for name, value in os.environ.items() if name != METRICS}  # it counts nothing

@@ -243,7 +243,8 @@ class Worker(GeventWorker):
             status, sentence = REFUSALS.get(type(exc), REFUSED)
             reason = type(exc).__name__
             if self.log.allows("request_refused", reason):
-                address = addr[0] if isinstance(addr, tuple) else None
+                # A client by IPv4 on an IPv6 socket (RFC 4291 §2.5.5.2).
+                address = addr[0].removeprefix("::ffff:") if isinstance(addr, tuple) else None
                 self.log.warning("request_refused", extra={"reason": reason, "address": address})
         else:
             status, sentence = FAILED

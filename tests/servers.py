@@ -170,16 +170,16 @@ def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
 
 @contextlib.contextmanager
 def gunicorn_process(
-    environ: dict[str, str], workers: int = 1, within: Sequence[str] = (), **options: object
+    environ: dict[str, str], workers: int = 1, within: Sequence[str] = (), port: int | None = None, **options: object
 ) -> Iterator[tuple[subprocess.Popen, int]]:
     """The same; gives the process and the port. `within` is a command that becomes the one behind it.
 
-    The other options are Popen's.
+    `port` is the one that `environ` makes it listen on, if it does. The other options are Popen's.
     """
-    port = free_port()
+    port = port or free_port()
     env = {"PATH": os.environ["PATH"], "PORT": str(port), "WEB_CONCURRENCY": str(workers), **environ}
     command = [*within, sys.executable, "-m", "gunicorn", "wsgi:app", "--log-level", "warning"]
-    with running(command, cwd=ROOT, env=env, **options) as process:
+    with running(command, env=env, **{"cwd": ROOT, **options}) as process:
 
         def listening() -> bool:
             assert process.poll() is None, "gunicorn did not start"

@@ -1,6 +1,7 @@
 """What the service says about its Redis when it starts, once and in a line each, and what keeps it from starting."""
 
 import http.client
+import json
 import os
 import re
 import socketserver
@@ -152,6 +153,15 @@ def test_gunicorn_refuses_old_redis() -> None:
     assert served.returncode == 1
     assert served.stdout.count("Redis 6.2.14 is too old: 7.0 or later is needed") == 1
     assert "Traceback" not in served.stdout + served.stderr
+
+
+def test_preload_is_refused() -> None:
+    """Gunicorn does not start with --preload: its log says why in a line, and its exit code is 1."""
+    served = run(f"redis://127.0.0.1:{free_port()}/0", "gunicorn", "--preload", "wsgi:app")
+    assert served.returncode == 1
+    [line] = [json.loads(line) for line in served.stdout.splitlines() if "ERROR" in line]
+    assert line["event"].startswith("--preload (preload_app) is refused: ")
+    assert "Booting worker" not in served.stdout and "Traceback" not in served.stdout + served.stderr
 
 
 @pytest.mark.parametrize("forbidden", ["", "-info"])

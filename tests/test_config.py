@@ -353,6 +353,7 @@ BAD = {
     "CORS_ORIGINS": "*",
     "METRICS_TOKEN": "hunter2",
     "LOG_KEY": "hunter2",
+    "PORT": "http",
     "WEB_CONCURRENCY": "0",
 }
 COMPLAINTS = [*BAD, "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL"]
