@@ -1,6 +1,7 @@
 """One table from exception to response: `{"success": false, "error": "<one sentence>"}`."""
 
 import logging
+import math
 import random
 from typing import Any
 
@@ -45,6 +46,7 @@ TOKEN_DESCRIPTIONS = {
     "signature": "The token is not signed with a known key",
     "subject": "The subject is not valid",
 }
+LONGEST_RETRY = 3600  # seconds; a session can end before its time
 BEARER = 'Bearer realm="sessions"'
 
 
@@ -111,7 +113,7 @@ def session_not_found(e: SessionNotFound) -> Response:
 def too_many_sessions(e: TooManySessions) -> Response:
     counted().limit_reached()
     emit("limit_reached")
-    return error(429, headers=retry_after(30))
+    return error(429, headers={"Retry-After": str(max(1, min(math.ceil(e.seconds), LONGEST_RETRY)))})
 
 
 def unexpected(e: Exception) -> Response:

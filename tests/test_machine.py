@@ -69,8 +69,10 @@ class Machine(RuleBasedStateMachine):
         """Opens unless the subject is at the limit."""
         try:
             session = self.store.open(subject, login_method="token", idle_timeout=idle)
-        except TooManySessions:
-            assert len(self.live(subject)) == LIMIT
+        except TooManySessions as refusal:
+            live = self.live(subject)
+            assert len(live) == LIMIT
+            assert refusal.seconds == (min(known.expiry for known in live.values()) - self.now) / 1000
             return "A" * 32
         assert len(self.live(subject)) < LIMIT
         known = self.known[subject, session.id] = Known((idle or IDLE) * 1000, self.now, self.now)

@@ -233,10 +233,32 @@ def test_limit(make_app: Callable[..., Flask], database: redis.Redis) -> None:
     keys = set(database.keys())
     refused = alice.post("/sessions")
     assert (refused.status_code, refused.json) == (429, {"success": False, "error": "Too many sessions"})
-    assert int(refused.headers["Retry-After"]) > 0
     assert set(alice.ids()) == ids
     assert set(database.keys()) == keys
     bob.open()
+
+
+@pytest.mark.parametrize("idle, expected", [((300, 1000), 300), ((1, 1000), 1), ((7000, 9000), 3600)])
+@pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
+def test_when_to_try_again(make_app: Callable[..., Flask], clock: Clock, idle: tuple[int, int], expected: int) -> None:
+    """At the limit Retry-After is the time until the first session can expire, an hour at most; then there is room."""
+    alice = Caller(make_app(session_limit=2, session_absolute_seconds=10_000))
+    for seconds in reversed(idle):
+        alice.open(idleTimeoutSeconds=seconds)
+    retry_after = int(alice.post("/sessions").headers["Retry-After"])
+    assert expected - 1 <= retry_after <= expected
+    clock.sleep(max(retry_after, idle[0]))
+    assert alice.post("/sessions").status_code == 201
+
+
+def test_time_to_try_again_of_the_server(make_app: Callable[..., Flask], clock: Clock) -> None:
+    """A heartbeat puts the time to try again off, on either store."""
+    alice = Caller(make_app(session_limit=1, session_idle_seconds=clock.idle, session_absolute_seconds=3600))
+    id = alice.open()
+    clock.sleep(1.1)
+    assert int(alice.post("/sessions").headers["Retry-After"]) == clock.idle - 1
+    alice.heartbeat(id)
+    assert int(alice.post("/sessions").headers["Retry-After"]) == clock.idle
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,11 @@ class SessionNotFound(Exception):
 
 
 class TooManySessions(Exception):
-    """The subject has as many live sessions as the configuration allows."""
+    """The subject has as many live sessions as the configuration allows, of which none can expire for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +121,8 @@ class SessionStore:
             with suppress(StoreUnavailable):
                 self._runner.calls(REVOKE, [_revocation(subject, id)])
             raise
-        if reply is None:
-            raise TooManySessions
+        if isinstance(reply, int):
+            raise TooManySessions(reply / 1000)
         return self._session(subject, id, reply)
 
     def get(self, subject: str, id: str) -> Session:

@@ -8,7 +8,8 @@
 -- ARGV[4]  idle timeout, ms
 -- ARGV[5]  absolute timeout, ms
 -- ARGV[6…] further fields of the hash: name, value, name, value …
--- Returns  {fields as a flat list of names and values, expiry in ms since the epoch}; nil at the limit
+-- Returns  {fields as a flat list of names and values, expiry in ms since the epoch}; at the limit the ms until the
+--          first of the subject's sessions can expire
 --
 -- The subject's other sessions are looked at by names made here, not in KEYS: they share the slot through {owner}.
 
@@ -26,13 +27,17 @@ end
 local dead = {}
 if redis.call("ZCARD", index) >= limit then
   local members = redis.call("ZRANGE", index, 0, -1)
+  local first = absolute_timeout
   for _, member in ipairs(members) do
-    if redis.call("EXISTS", prefix .. member) == 0 then
+    local ttl = redis.call("PTTL", prefix .. member)
+    if ttl == -2 then
       dead[#dead + 1] = member
+    elseif ttl >= 0 then
+      first = math.min(first, ttl)
     end
   end
   if #members - #dead >= limit then
-    return nil
+    return first
   end
 end
 
