@@ -29,7 +29,7 @@ HINTS = {
     "wrong.version.number|record layer": "it does not speak TLS on this port: redis:// instead of rediss://",
     "closed by server|reset by peer": "if it speaks TLS on this port: rediss:// instead of redis://",
     "Timeout": "a firewall may be in the way, or only one of the two speaks TLS",
-    "to run the": "give the user the rights that the README lists under Operate",
+    "to run the": "give the user the rights that docs/operate.md lists",
     "access one of the keys": "give the user the keys ~session*",
     "invalid (username|password)|WRONGPASS": "user or password in REDIS_URL are wrong",
     "Authentication required|NOAUTH": "REDIS_URL needs a password: redis://:password@host",

@@ -160,7 +160,7 @@ def test_nothing_there() -> None:
 @pytest.mark.parametrize(
     "rights, hint",
     [
-        (("~session*", "-@all", "+ping", "+info", "+config"), "give the user the rights that the README lists"),
+        (("~session*", "-@all", "+ping", "+info", "+config"), "give the user the rights that docs/operate.md lists"),
         (("~other*", "+@all"), "give the user the keys ~session*"),
         (("~session*", "+@all", "-ping"), None),
     ],
