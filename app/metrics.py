@@ -2,13 +2,15 @@
 
 import re
 import time
+from collections.abc import Callable
 
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Request, Response, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app import metric_files
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
+BEGAN = "session_heartbeat.began"  # in the environ of a request
 METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
 # Why tokens are refused: the contract's words.
@@ -71,13 +73,15 @@ class Metrics:
 
     def count_requests(self, app: Flask) -> None:
         """Have every request of an app counted. Register it first: so it times what other hooks do, too."""
+        # Each look through Flask's proxies takes a microsecond, and getting what is behind one an eighth of that.
+        here: Callable[[], Request] = request._get_current_object  # type: ignore[attr-defined]
 
         def begin() -> None:
-            g.began = time.perf_counter()
+            here().environ[BEGAN] = time.perf_counter()
 
         def end(response: Response) -> Response:
-            seconds = time.perf_counter() - g.began
-            self._request(request._get_current_object(), response.status_code, seconds)  # type: ignore[attr-defined]
+            request = here()
+            self._request(request, response.status_code, time.perf_counter() - request.environ[BEGAN])
             return response
 
         app.before_request(begin)

@@ -37,7 +37,8 @@ class SessionIdConverter(BaseConverter):
 
 
 def store() -> SessionStore:
-    return current_app.extensions["session_store"]  # type: ignore[no-any-return]
+    # Not through the proxy, which would take four times as long.
+    return current_app._get_current_object().extensions["session_store"]  # type: ignore[no-any-return,attr-defined]
 
 
 def counted() -> Metrics:
