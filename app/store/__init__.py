@@ -13,20 +13,10 @@ from cachetools import LRUCache
 
 from app.config import Config
 from app.deadline import give_way
-from app.store.connect import Servers, connect
+from app.store.connect import Servers
 from app.store.runner import Call, Observe, Runner, Script, StoreUnavailable, Unreadable
 
-__all__ = [
-    "CHUNK",
-    "Renewal",
-    "Session",
-    "SessionNotFound",
-    "SessionStore",
-    "StoreUnavailable",
-    "TooManySessions",
-    "Unreadable",
-    "connect",
-]
+__all__ = ["Renewal", "Session", "SessionNotFound", "SessionStore", "StoreUnavailable", "TooManySessions", "Unreadable"]
 
 log = logging.getLogger(__name__)
 

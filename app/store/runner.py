@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,7 +25,7 @@ PING_SECONDS = 1.5
 
 T = TypeVar("T")
 Command = tuple[str | int, ...]
-# Told of every round trip: the script, how many sessions it was for, and the seconds it took.
+# Told of every round trip: the script, the number of keys, and the seconds it took.
 Observe = Callable[[str, int, float], None]
 
 
@@ -98,7 +100,7 @@ class Runner:
         """
         if not calls:
             return []
-        with _TRANSLATED:
+        with _unavailable():
             client = self._client_for(script, calls[0].keys[0])
             acks = self._acks_of(client) if durable and self._replicas else None
             replies = _none_failed(self._run(client, script, calls, acks.commands if acks else ()))
@@ -115,7 +117,7 @@ class Runner:
         """Run a script over any number of keys of one subject; a reply for each."""
         if not keys:
             return []
-        with _TRANSLATED:
+        with _unavailable():
             return _none_failed(self._run(self._client_for(script, keys[0]), script, _in_calls(keys)))
 
     def join(self, script: Script, group: str, key: str) -> Any:
@@ -123,7 +125,7 @@ class Runner:
 
         Keys of one `group` are in one slot. There is one script that callers share round trips for.
         """
-        with _TRANSLATED:
+        with _unavailable():
             client = self._client_for(script, key)
             batches = self._batches.get(client)
             if batches is None:
@@ -133,15 +135,12 @@ class Runner:
 
     def ping(self) -> None:
         """Ask Redis whether it is there. Of a cluster one primary is enough: the subjects of the others are served."""
-        with _TRANSLATED, deadline(PING_SECONDS):
-            clients = self._servers.clients()
-            for client in clients[:-1]:
-                try:
-                    with deadline(PING_SECONDS / len(clients)):
-                        return _ping(client)
-                except (RedisError, OSError):
-                    pass
-            _ping(clients[-1])
+        with _unavailable(), deadline(PING_SECONDS):
+            *others, last = self._servers.clients()
+            for client in others:
+                with suppress(RedisError, OSError), deadline(PING_SECONDS / (len(others) + 1)):
+                    return _ping(client)
+            _ping(last)
 
     def _client_for(self, script: Script, key: str) -> redis.Redis:
         try:
@@ -162,19 +161,13 @@ class Runner:
         return self._acks[client]
 
     def _send_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str, str]]) -> list[Any]:
-        """A reply for each key in the batch: one call for each group in it."""
-        groups: dict[str, list[str]] = {}
-        for _, group, key in batch:
-            groups.setdefault(group, []).append(key)
-        replies = self._run(batch[0][0], script, [call for keys in groups.values() for call in _in_calls(keys)])
-        if len(groups) == 1:
-            return replies
-        # The replies come group by group, and within each in the order of the batch.
-        by_group, first = {}, 0
-        for group, keys in groups.items():
-            by_group[group] = iter(replies[first : first + len(keys)])
-            first += len(keys)
-        return [next(by_group[group]) for _, group, _ in batch]
+        """A reply for each key in the batch; there is one call for each group in it."""
+        places: dict[str, list[int]] = {}
+        for place, (_, group, _) in enumerate(batch):
+            places.setdefault(group, []).append(place)
+        calls = [call for group in places.values() for call in _in_calls([batch[place][2] for place in group])]
+        replies = dict(zip(itertools.chain(*places.values()), self._run(batch[0][0], script, calls)))
+        return [replies[place] for place in range(len(batch))]
 
     def _run(
         self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()
@@ -191,8 +184,7 @@ class Runner:
             self._outages.log_transition(script.name, client, error)
             raise
         finally:
-            size = sum(len(call.keys) for call in calls) if script.per_key else len(calls)
-            self._observe(script.name, size, time.perf_counter() - began)
+            self._observe(script.name, sum(len(call.keys) for call in calls), time.perf_counter() - began)
         failure = None
         for place, reply in enumerate(replies):
             if isinstance(reply, Exception):
@@ -207,64 +199,43 @@ class Runner:
         self, client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command]
     ) -> list[Any]:
         answered = _exchange(client, script, calls, last)
-        replies: list[Any] = []
-        for call, reply in zip(calls, answered):
-            if isinstance(reply, AskError | TryAgainError):
-                replies += self._while_a_slot_moves(client, script, call, reply)
-                if last:
-                    answered[len(calls)] = 0  # WAIT asked the replicas of the server that redirected us
-            else:
-                replies += _split(script, call, reply)
+        replies = [one for each in zip(calls, answered) for one in self._settle(client, script, *each)]
+        if last and any(isinstance(reply, AskError) for reply in answered):
+            answered[len(calls)] = 0  # WAIT asked the replicas of the server that redirected us
         return replies + answered[len(calls) :]
 
-    def _while_a_slot_moves(
-        self, client: redis.Redis, script: Script, call: Call, error: AskError | TryAgainError
-    ) -> list[Any]:
-        """The replies to a call that MOVED, ASK or TRYAGAIN has refused. MovedError is an AskError to redis-py.
+    def _settle(self, client: redis.Redis, script: Script, call: Call, reply: Any) -> list[Any]:
+        """The replies in that to one call. Where a cluster moves the slot they are fetched from where the keys are.
 
-        A call for several keys is refused where one of them has moved already, or is not there: then each goes alone.
+        It refuses a call with TRYAGAIN or ASK where one of several keys has moved already or is not there: then each
+        goes alone. To redis-py MOVED is an AskError, too.
         """
-        if script.per_key and len(call.keys) > 1 and not isinstance(error, MovedError):
+        moving = isinstance(reply, AskError | TryAgainError) and not isinstance(reply, MovedError)
+        if moving and script.per_key and len(call.keys) > 1:
             alone = [Call([key]) for key in call.keys]
-            replies = []
-            for each, reply in zip(alone, _exchange(client, script, alone)):
-                moving = isinstance(reply, AskError)
-                replies += self._follow(script, each, reply) if moving else _split(script, each, reply)
-            return replies
-        return self._follow(script, call, error) if isinstance(error, AskError) else _split(script, call, error)
-
-    def _follow(self, script: Script, call: Call, redirection: AskError) -> list[Any]:
-        """Raises nothing: the rest of the round trip has nothing to do with it."""
-        try:
-            reply = self._servers.follow(redirection, script.eval(call))
-        except (RedisError, OSError) as error:
-            reply = error
-        return _split(script, call, reply)
+            each_alone = zip(alone, _exchange(client, script, alone))
+            return [one for each in each_alone for one in self._settle(client, script, *each)]
+        if isinstance(reply, AskError):
+            try:
+                reply = self._servers.follow(reply, script.eval(call))
+            except (RedisError, OSError) as error:  # the rest of the round trip has nothing to do with it
+                reply = error
+        if script.per_key is None:
+            return [reply]
+        return [reply] * len(call.keys) if isinstance(reply, Exception) else script.per_key(reply)
 
 
-class _Translation:
+@contextmanager
+def _unavailable() -> Iterator[None]:
     """What goes wrong between us and Redis is one condition to the caller: StoreUnavailable."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RedisError | OSError | Abandoned):
-            raise StoreUnavailable(described(error)) from error
-
-
-_TRANSLATED = _Translation()
+    try:
+        yield
+    except (RedisError, OSError, Abandoned) as error:
+        raise StoreUnavailable(described(error)) from error
 
 
 def _in_calls(keys: Sequence[str]) -> list[Call]:
     return [Call(keys[first : first + KEYS_PER_CALL]) for first in range(0, len(keys), KEYS_PER_CALL)]
-
-
-def _split(script: Script, call: Call, reply: Any) -> list[Any]:
-    """The replies in that of one call: an error is every key's."""
-    if script.per_key is None:
-        return [reply]
-    return [reply] * len(call.keys) if isinstance(reply, Exception) else script.per_key(reply)
 
 
 def _none_failed(replies: list[Any]) -> list[Any]:
