@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-import redis as redis_py
 from flask import Flask, Request
 from flask_cors import CORS
 from werkzeug.exceptions import NotFound
@@ -21,7 +20,7 @@ from app.keys import load_keys
 from app.metrics import Metrics
 from app.responses import APIResponse, ContractJSON
 from app.store import SessionStore
-from app.store.connect import OnePrimary, connect
+from app.store.connect import Servers, connect
 
 
 class APIFlask(Flask):
@@ -57,8 +56,8 @@ class TrustedProxies(ProxyFix):
         return super().__call__(environ, start_response)
 
 
-def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
-    """The WSGI application for one configuration; `redis` stands in for the client that `config.redis_url` names."""
+def create_app(config: Config, servers: Servers | None = None) -> Flask:
+    """The WSGI application for one configuration; `servers` stand in for those that `config.redis_url` names."""
     app = APIFlask(__name__, static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=LARGEST_BODY + 1,  # bodies.read_body says why the one
@@ -69,7 +68,7 @@ def create_app(config: Config, redis: "redis_py.Redis | None" = None) -> Flask:
     app.url_map.merge_slashes = app.url_map.strict_slashes = False  # no redirect on any path
     app.url_map.converters["session_id"] = sessions.SessionIdConverter
     app.extensions["config"] = config
-    servers = OnePrimary(redis) if redis is not None else connect(config)
+    servers = servers or connect(config)
     counted = app.extensions["metrics"] = Metrics()
     counted.count_requests(app)
     keys = load_keys(config, counted.key_set_fetched)

@@ -21,7 +21,7 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from app.config import Config
-from app.store.connect import connect
+from app.store.connect import OnePrimary, connect
 from tests.browser import Browser
 from tests.servers import RedisServer
 
@@ -107,7 +107,7 @@ def make_app(backend: str, config: Config, database: redis.Redis) -> Iterator[Ca
     def make(**settings: object) -> Flask:
         changed = replace(config, **settings)
         clients.append(database if backend == "fakeredis" else connect(changed).clients()[0])
-        return create_app(changed, redis=clients[-1])
+        return create_app(changed, OnePrimary(clients[-1]))
 
     yield make
     for client in clients:

@@ -11,6 +11,7 @@ from schemathesis.config import SchemathesisConfig
 
 from app import create_app
 from app.config import LONGEST_SECONDS, Config
+from app.store.connect import OnePrimary
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn
 
@@ -28,7 +29,7 @@ CONFIG = SchemathesisConfig.from_dict(
 REDIS = fakeredis.FakeRedis(server=fakeredis.FakeServer(server_type="redis"), decode_responses=True)
 # The longest idle timeout that can be configured, since the document names no shorter one.
 SETTINGS = {"session_limit": 1000, "session_idle_max_seconds": LONGEST_SECONDS}
-APP = create_app(Config(redis_url="memory://", jwt_secret=(SECRET,), web_concurrency=1, **SETTINGS), REDIS)
+APP = create_app(Config(redis_url="memory://", jwt_secret=(SECRET,), web_concurrency=1, **SETTINGS), OnePrimary(REDIS))
 
 in_process = schemathesis.openapi.from_wsgi("/openapi.json", APP, config=CONFIG)
 over_http = schemathesis.openapi.from_dict(APP.test_client().get("/openapi.json").json, config=CONFIG)

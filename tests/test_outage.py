@@ -16,7 +16,7 @@ from flask import Flask
 
 from app import create_app
 from app.config import Config
-from app.store.connect import connect
+from app.store.connect import OnePrimary, connect
 from tests.conftest import FAILURES, SECRET, Caller
 from tests.servers import PERSISTENT, RedisServer, until
 
@@ -35,7 +35,7 @@ def server(folder: Path) -> Iterator[RedisServer]:
 def app(server: RedisServer) -> Iterator[Flask]:
     config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
     client = connect(config).clients()[0]
-    yield create_app(config, redis=client)
+    yield create_app(config, OnePrimary(client))
     client.connection_pool.disconnect()
 
 
@@ -277,7 +277,7 @@ class Answering:
 def caller_of(url: str) -> Iterator[Caller]:
     config = Config(redis_url=url, jwt_secret=(SECRET,))
     client = connect(config).clients()[0]
-    yield Caller(create_app(config, redis=client))
+    yield Caller(create_app(config, OnePrimary(client)))
     client.connection_pool.disconnect()
 
 
@@ -311,7 +311,7 @@ def test_loading(folder: Path) -> None:
     with RedisServer(folder, "--rdbcompression", "no") as server:
         config = Config(redis_url=server.url, jwt_secret=(SECRET,), session_idle_seconds=60)
         client = connect(config).clients()[0]
-        alice = Caller(create_app(config, redis=client))
+        alice = Caller(create_app(config, OnePrimary(client)))
         id = alice.open()
         server.client.mset({f"filler:{i}": "x" * 3000 for i in range(1000)})
         server.client.save()

@@ -16,7 +16,7 @@ from flask import Flask
 from app import create_app
 from app.config import Config
 from app.store import SessionStore, index_key, session_key
-from app.store.connect import connect
+from app.store.connect import OnePrimary, connect
 from tests.conftest import FAILURES, SECRET, Caller, immortal, token
 from tests.servers import RedisServer, gunicorn
 
@@ -175,7 +175,7 @@ def full(config: Config, folder: Path) -> Iterator[tuple[RedisServer, Caller, li
     with RedisServer(folder, "--maxmemory", "3mb", "--maxmemory-policy", "noeviction") as server:
         settings = {"redis_url": server.url, "session_idle_seconds": 60, "session_absolute_seconds": 120}
         client = connect(replace(config, **settings)).clients()[0]
-        caller = Caller(create_app(replace(config, **settings), redis=client))
+        caller = Caller(create_app(replace(config, **settings), OnePrimary(client)))
         ids = [caller.open() for _ in range(3)]
         with pytest.raises(redis.OutOfMemoryError):
             for i in range(10_000):
@@ -232,7 +232,7 @@ def own(config: Config, folder: Path) -> Iterator[tuple[redis.Redis, Caller]]:
     with RedisServer(folder) as server:
         settings = {"redis_url": server.url, "session_idle_seconds": 60, "session_absolute_seconds": 120}
         client = connect(replace(config, session_limit=2, **settings)).clients()[0]
-        yield server.client, Caller(create_app(replace(config, session_limit=2, **settings), redis=client))
+        yield server.client, Caller(create_app(replace(config, session_limit=2, **settings), OnePrimary(client)))
         client.connection_pool.disconnect()
 
 
