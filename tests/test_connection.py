@@ -1,12 +1,16 @@
 """Sentinel and Cluster, one node of each: the ways there. What happens when they fail is in faults/."""
 
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import redis
-from redis.exceptions import MovedError
+from redis.crc import key_slot
 
 from app import create_app
 from app.config import Config
@@ -43,19 +47,45 @@ def sentinel_url(primary: redis.Redis, tmp_path: Path) -> Iterator[str]:
         yield f"redis+sentinel://:p%40ss@127.0.0.1:{free_port()},127.0.0.1:{port}/main/3"
 
 
-@pytest.fixture
-def cluster_url(tmp_path: Path) -> Iterator[str]:
-    """A cluster of one node, which has all slots."""
+@contextmanager
+def cluster_node(folder: Path) -> Iterator[redis.Redis]:
+    """A node of a cluster, without slots."""
     port = free_port()
     while port > 55_000:  # the nodes talk to each other 10,000 ports further up
         port = free_port()
-    command = [required("redis-server"), "--port", str(port), "--save", "", "--dir", str(tmp_path)]
+    home = folder / str(port)
+    home.mkdir()
+    command = [required("redis-server"), "--port", str(port), "--save", "", "--dir", str(home)]
     with running([*command, "--cluster-enabled", "yes"], stdout=subprocess.DEVNULL):
         with redis.Redis(port=port, decode_responses=True) as node:
             until(node.ping)
-            node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            until(lambda: node.cluster("info")["cluster_state"] == "ok")
-        yield f"redis+cluster://127.0.0.1:{port}"
+            yield node
+
+
+KNOWN = {"cluster_state": "ok", "cluster_known_nodes": "2"}
+
+
+def ids_of(node: redis.Redis) -> set[str]:
+    """The nodes of the cluster, as one of them knows them."""
+    return {known["node_id"] for known in node.cluster("nodes").values()}
+
+
+def port_of(node: redis.Redis) -> int:
+    return node.get_connection_kwargs()["port"]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[redis.Redis]:
+    """The only node of a cluster, which has all slots."""
+    with cluster_node(tmp_path) as node:
+        node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        until(lambda: node.cluster("info")["cluster_state"] == "ok")
+        yield node
+
+
+@pytest.fixture
+def cluster_url(node: redis.Redis) -> str:
+    return f"redis+cluster://127.0.0.1:{port_of(node)}"
 
 
 def live(app: object) -> None:
@@ -98,16 +128,52 @@ def test_cluster(cluster_url: str) -> None:
     disconnect(app)
 
 
-def test_cluster_follows(cluster_url: str) -> None:
-    """What has moved is followed to where it is said to be."""
+def test_cluster_refresh(cluster_url: str) -> None:
+    """The map of slots is refreshed without new clients: connections to nodes that are well are kept."""
     servers = connect(config(cluster_url))
     assert isinstance(servers, Cluster)
-    moved = MovedError(f"0 127.0.0.1:{free_port()}")
-    assert servers.follow(moved, ("ZCARD", "sessions:{alice}")) == 0
-    servers.failed(redis.ConnectionError())  # has the map of slots renewed
-    assert servers.client_for("sessions:{alice}").ping()
-    for client in servers.clients():
-        client.connection_pool.disconnect()
+    client = servers.client_for("sessions:{alice}")
+    asked = client.info("commandstats")["cmdstat_cluster|slots"]["calls"]
+    servers.failed(redis.ConnectionError())
+    until(lambda: client.info("commandstats")["cmdstat_cluster|slots"]["calls"] > asked)
+    assert servers.client_for("sessions:{alice}") is client
+    client.connection_pool.disconnect()
+
+
+def test_slot_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Path) -> None:
+    """While a slot moves to a node that has none, sessions are kept alive alone and together, and none is called gone.
+
+    redis-py's cluster client follows ASK only to nodes in its map, into which we write.
+    """
+    app = create_app(config(cluster_url))
+    alice, slot, dead = Caller(app), key_slot(b"sessions:{alice}"), "A" * 32
+    ids = [alice.open() for _ in range(3)]
+
+    def check() -> None:
+        asked = [*ids, dead] * 60  # more than one call takes
+        results = alice.post("/sessions/heartbeat", json={"ids": asked}).json["results"]
+        assert [result["success"] for result in results] == [True, True, True, False] * 60
+        assert [alice.heartbeat(id).status_code for id in (*ids, dead)] == [200, 200, 200, 404]
+        assert set(alice.ids()) == set(ids)
+
+    with cluster_node(tmp_path) as target:
+        target.execute_command("CLUSTER", "MEET", "127.0.0.1", port_of(node))
+        until(
+            lambda: node.cluster("info")["cluster_known_nodes"] == target.cluster("info")["cluster_known_nodes"] == "2"
+        )
+        names = {each: each.cluster("myid") for each in (node, target)}
+        until(lambda: all(KNOWN.items() <= each.cluster("info").items() for each in names))
+        until(lambda: all(ids_of(each) == set(names.values()) for each in names))
+        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", names[node])
+        node.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target])
+        check()
+        for key in node.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            node.execute_command("MIGRATE", "127.0.0.1", port_of(target), key, 0, 1000)
+            check()
+        for each in (target, node):
+            each.execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[target])
+        check()
+        disconnect(app)
 
 
 def test_cluster_away() -> None:
@@ -140,6 +206,46 @@ def test_replicas_do_not_confirm(primary: redis.Redis) -> None:
     assert primary.keys() == []
     assert Caller(app).heartbeat("A" * 32).status_code == 404
     disconnect(app)
+
+
+def test_sentinels_are_asked_in_the_background(sentinel_url: str) -> None:
+    """New connections take the address that is known: redis-py's own pool would ask a sentinel for each of them."""
+    [client] = connect(config(sentinel_url)).clients()
+    client.ping()
+    with redis.Redis(port=int(sentinel_url.rpartition("/main")[0].rpartition(":")[2])) as sentinel:
+
+        def questions() -> int:
+            return sentinel.info("stats")["total_commands_processed"]
+
+        before, began = questions(), time.monotonic()
+        for _ in range(100):
+            client.connection_pool.disconnect()
+            client.ping()
+        assert questions() - before < 20 + 10 * (time.monotonic() - began)
+    client.connection_pool.disconnect()
+
+
+class Interrupted(BaseException):
+    """What ends a reader from outside, as gevent's timeouts do."""
+
+
+def test_interrupted_reader(sentinel_url: str) -> None:
+    """A connection whose reader was interrupted is closed: the reply on it would be the next caller's."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise Interrupted
+
+    [client] = connect(config(sentinel_url)).clients()
+    connection = client.connection_pool.get_connection()
+    connection.send_command("BLPOP", "nothing", "0.4")
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(Interrupted):
+        connection.read_response()
+    signal.signal(signal.SIGALRM, before)
+    assert not connection.is_connected
+    client.connection_pool.release(connection)
+    client.connection_pool.disconnect()
 
 
 def test_sentinel_pool_is_bounded() -> None:
