@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Abandoned(Exception):
-    """The caller who led this batch was stopped; whether the command took effect is not known."""
+    """The leader of this batch was stopped; whether the command took effect is not known."""
 
 
 class _Batch:
@@ -25,9 +25,9 @@ class _Batch:
 class GroupCommit:
     """Sends commands in batches, one batch at a time, without a thread or a timer of its own.
 
-    Who opens a batch leads it: waits until the batch before is back, while others join, lets those run who are ready
-    to, so that they join as well, and sends it for all of them. Works under threads and, where gevent has patched
-    them, under greenlets.
+    The caller who opens a batch is its leader. It waits until the batch before is back, while other callers join, gives
+    way once to those that are ready to run, so that they join as well, and sends the batch for all of them. Works under
+    threads and, where gevent has patched them, under greenlets.
     """
 
     def __init__(self, send: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
@@ -65,14 +65,14 @@ class GroupCommit:
         try:
             if batch.previous is not None:
                 batch.previous.wait()
-                time.sleep(0)  # whoever is ready already joins this batch, not the next one
+                time.sleep(0)  # callers that are ready already join this batch, not the next one
             with self._mutex:
-                self._collecting = None  # who comes now opens the next batch
+                self._collecting = None  # the next caller opens the next batch
             batch.replies = self._send(batch.commands)
         except Exception as error:
             batch.replies = [error] * len(batch.commands)
         finally:
-            # Also where this caller is killed, waiting or sending: nobody may wait for ever on its account.
+            # Also where the leader is killed, waiting or sending: no other caller may wait for it for ever.
             with self._mutex:
                 if self._collecting is batch:
                     self._collecting, self._in_flight = None, batch.previous
