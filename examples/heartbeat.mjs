@@ -2,39 +2,50 @@
 
 const SHORTEST = 0.2, LONGEST = 86400; // seconds between two requests, whatever the answers say
 const FIRST_BACKOFF = 0.5, LAST_BACKOFF = 30;
+const ENDED = "Session not found or expired";
+const FINAL = [400, 404, 405, 413, 415, 422, 431]; // what the service refuses with these it will refuse again
 const between = (low, high) => low + Math.random() * (high - low);
 const isNumber = (text) => /^\d+$/.test(text);
 
-// Never returns. newToken() promises a fresh token; it is called after a 401, and at the start without a token.
-export async function keepAlive(url, token, newToken) {
+// Promises why the service refuses for good. newToken() promises a fresh token; it is called after a 401, and at the
+// start without a token. deviceName has 1 to 128 characters.
+export async function keepAlive(url, token, newToken, deviceName = "device") {
   let id = null, backoff = FIRST_BACKOFF, atOnce = true;
   for (;;) {
-    let status, body, headers = new Headers();
+    let status, body = {}, headers = new Headers();
     try {
       if (!token) {
         token = await newToken();
         console.log("new token");
       }
-      const target = id ? `${url}/${id}/heartbeat` : url, bearer = { Authorization: `Bearer ${token}` };
-      const options = { redirect: "manual", signal: AbortSignal.timeout(5000) };
-      const answer = await fetch(target, { method: "POST", headers: bearer, ...options });
-      body = await answer.text();
+      const target = id ? `${url}/${id}/heartbeat` : url;
+      const options = { method: "POST", redirect: "manual", signal: AbortSignal.timeout(5000) };
+      options.headers = { Authorization: `Bearer ${token}` };
+      if (!id) {
+        options.headers["Content-Type"] = "application/json";
+        options.body = JSON.stringify({ deviceName });
+      }
+      const answer = await fetch(target, options);
+      const text = await answer.text();
       ({ status, headers } = answer);
+      if ((headers.get("Content-Type") ?? "").includes("application/json")) body = JSON.parse(text) ?? {};
     } catch (error) { // no network, no answer in time, no token: all of it passes
-      status = error.cause?.code ?? error.name;
+      status ??= error.cause?.code ?? error.name;
     }
-    // A 404 of something on the way, such as a proxy with nobody behind it, does not end the session.
-    const ours = (headers.get("Content-Type") ?? "").includes("application/json");
-    const over = ours && status === 404 && id, refused = status === 401 && newToken;
+    // Only this sentence ends a session: no other 404, and nothing that something on the way says.
+    const sentence = body.success === false && body.error;
+    const over = id && status === 404 && sentence === ENDED, refused = status === 401 && newToken;
     const expiresIn = headers.get("Session-Expires-In"), retryAfter = headers.get("Retry-After");
-    let pause = 0;
-    if (ours && status === 201 && !id) {
-      id = JSON.parse(body).session.id;
+    // Two more beats fit in should one be lost, and a fleet does not beat in step.
+    let pause = isNumber(expiresIn) ? Number(expiresIn) / 3 * between(0.8, 1) : 0;
+    if (status === 201 && !id && body.session) {
+      id = body.session.id;
       console.log(`opened ${id}`);
     } else if (status === 200 && id && isNumber(expiresIn)) {
       console.log(`renewed for ${expiresIn} s`);
-      // Two more beats fit in should this one be lost, and a fleet does not beat in step.
-      pause = Number(expiresIn) / 3 * between(0.8, 1), backoff = FIRST_BACKOFF, atOnce = true;
+      backoff = FIRST_BACKOFF, atOnce = true;
+    } else if (sentence && FINAL.includes(status) && !over) {
+      return `stopped after ${status}: ${sentence}`;
     } else {
       if (over) {
         id = null;
@@ -54,11 +65,14 @@ export async function keepAlive(url, token, newToken) {
   }
 }
 
-// The rest is for Node. A page leaves it out and calls keepAlive("https://…/sessions", token, newToken).
+// The rest is for Node. A page leaves it out and calls keepAlive("https://…/sessions", token, newToken, "Browser").
 const { exec } = await import("node:child_process");
+const { hostname } = await import("node:os");
 const { promisify } = await import("node:util");
 for (const name of ["SIGINT", "SIGTERM"]) process.once(name, () => process.exit(0));
 const { SESSIONS_URL: url, TOKEN: token, TOKEN_COMMAND: command } = process.env;
 if (!url || !(token || command)) throw new Error("SESSIONS_URL is needed, and TOKEN or TOKEN_COMMAND");
 const askCommand = async () => (await promisify(exec)(command, { timeout: 30000 })).stdout.trim();
-await keepAlive(url.replace(/\/$/, ""), token, command ? askCommand : null);
+const why = await keepAlive(url.replace(/\/$/, ""), token, command ? askCommand : null, hostname().slice(0, 128) || "device");
+console.error(why);
+process.exit(1);

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +12,15 @@ import requests
 
 SHORTEST, LONGEST = 0.2, 86400.0  # seconds between two requests, whatever the answers say
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
+ENDED = "Session not found or expired"
+FINAL = {400, 404, 405, 413, 415, 422, 431}  # what the service refuses with these it will refuse again
 
 
-def keep_alive(url, token=None, new_token=None):
-    """Never returns. new_token() gives a fresh token; it is called after a 401, and at the start without a token."""
+def keep_alive(url, token=None, new_token=None, device_name="device"):
+    """Returns why the service refuses for good. new_token() gives a fresh token: after a 401, and where there is none.
+
+    device_name has 1 to 128 characters.
+    """
     id, backoff, at_once = None, FIRST_BACKOFF, True
     while True:
         try:
@@ -22,22 +28,26 @@ def keep_alive(url, token=None, new_token=None):
                 token = new_token()
                 print("new token", flush=True)
             target, bearer = f"{url}/{id}/heartbeat" if id else url, {"Authorization": f"Bearer {token}"}
-            answer = requests.post(target, headers=bearer, timeout=5, allow_redirects=False)
+            body = None if id else {"deviceName": device_name}
+            answer = requests.post(target, json=body, headers=bearer, timeout=5, allow_redirects=False)
             status, headers = answer.status_code, answer.headers
         except Exception as error:  # no network, no answer in time, no token: all of it passes
             status, headers = type(error).__name__, {}
-        # A 404 of something on the way, such as a proxy with nobody behind it, does not end the session.
-        ours = "application/json" in headers.get("Content-Type", "")
-        over, refused = ours and status == 404 and id, status == 401 and new_token
+        body = read(answer) if "application/json" in headers.get("Content-Type", "") else {}
+        # Only this sentence ends a session: no other 404, and nothing that something on the way says.
+        sentence = body.get("error") if body.get("success") is False else None
+        over, refused = id and status == 404 and sentence == ENDED, status == 401 and new_token
         expires_in, retry_after = headers.get("Session-Expires-In", ""), headers.get("Retry-After", "")
-        pause = 0.0
-        if ours and status == 201 and not id:
-            id = answer.json()["session"]["id"]
+        # Two more beats fit in should one be lost, and a fleet does not beat in step.
+        pause = int(expires_in) / 3 * random.uniform(0.8, 1) if expires_in.isdecimal() else 0.0
+        if status == 201 and not id and "session" in body:
+            id = body["session"]["id"]
             print(f"opened {id}", flush=True)
         elif status == 200 and id and expires_in.isdecimal():
             print(f"renewed for {expires_in} s", flush=True)
-            # Two more beats fit in should this one be lost, and a fleet does not beat in step.
-            pause, backoff, at_once = int(expires_in) / 3 * random.uniform(0.8, 1), FIRST_BACKOFF, True
+            backoff, at_once = FIRST_BACKOFF, True
+        elif sentence and status in FINAL and not over:
+            return f"stopped after {status}: {sentence}"
         else:
             if over:
                 id = None
@@ -54,6 +64,15 @@ def keep_alive(url, token=None, new_token=None):
         time.sleep(min(max(pause, SHORTEST), LONGEST))
 
 
+def read(answer):
+    """The JSON object in an answer; an empty one where there is none."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
 def ask_command():
     """Whatever TOKEN_COMMAND prints is the token."""
     command = os.environ["TOKEN_COMMAND"]
@@ -66,4 +85,6 @@ if __name__ == "__main__":
     url, token, command = (os.environ.get(name) for name in ("SESSIONS_URL", "TOKEN", "TOKEN_COMMAND"))
     if not url or not (token or command):
         sys.exit("SESSIONS_URL is needed, and TOKEN or TOKEN_COMMAND")
-    keep_alive(url.rstrip("/"), token, ask_command if command else None)
+    sys.exit(
+        keep_alive(url.rstrip("/"), token, ask_command if command else None, socket.gethostname()[:128] or "device")
+    )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
@@ -44,6 +44,12 @@ class Loop:
     def ids(self) -> list[str]:
         """The sessions that it has opened."""
         return [line.split()[1] for line in self.lines if line.startswith("opened ")]
+
+    def stopped(self) -> str:
+        """Wait until it has ended with exit code 1; gives its last line."""
+        assert self.process.wait(15) == 1, self
+        self.reader.join()
+        return self.lines[-1]
 
     def wait_for(self, line: str, seconds: float = 15.0) -> None:
         """Wait for a line, given as a pattern, behind the one that was waited for last."""
@@ -87,11 +93,11 @@ def start(folder: Path) -> Iterator[Start]:
 
     with ExitStack() as stack:
 
-        def start(url: str, with_token: bool = False) -> list[Loop]:
+        def start(url: str, with_token: bool = False, **claims: object) -> list[Loop]:
             loops = []
             for name, program in programs.items():
                 tokens = folder / f"{name}.jwt"
-                environ = {"TOKEN": token(name)} if with_token else {"TOKEN_COMMAND": f"cat '{tokens}'"}
+                environ = {"TOKEN": token(name, **claims)} if with_token else {"TOKEN_COMMAND": f"cat '{tokens}'"}
                 environ["SESSIONS_URL"] = url.replace("SUBJECT", name)
                 command = [program, str(ROOT / "examples" / f"heartbeat.{name}")]
                 loops.append(stack.enter_context(loop(name, command, environ, tokens)))
@@ -178,6 +184,23 @@ def test_redis_in_trouble(frail: tuple[RedisServer, str], start: Start, trouble:
         assert len(each.ids) == 1, each
 
 
+def test_device_name(start: Start, server: RedisServer, url: str) -> None:
+    """A loop opens its session under the name of its machine."""
+    for each in start(url, with_token=True):
+        each.wait_for("opened .*")
+        assert server.client.hget(f"session:{{{each.name}}}:{each.ids[0]}", "device") == socket.gethostname(), each
+
+
+def test_refused_for_good(start: Start, url: str) -> None:
+    """A loop ends with the service's sentence where waiting would not help: a wrong path, a token that is too long."""
+    for loops, sentence in (
+        (start(f"{url}typo", with_token=True), "stopped after 404: Not found"),
+        (start(f"{url}/typo", with_token=True), "stopped after 405: Method not allowed"),
+        (start(url, with_token=True, groups="g" * 20_000), "stopped after 431: Request header fields too large"),
+    ):
+        assert [each.stopped() for each in loops] == [sentence] * 3
+
+
 def test_revoked(start: Start, url: str) -> None:
     """When its session has been revoked a loop opens a new one and keeps that alive."""
     loops = start(url, with_token=True)
@@ -256,6 +279,9 @@ TROUBLES: list[tuple[int, dict[str, str], str]] = [
     (503, {}, "after 503"),
     (502, HTML, "after 502"),
     (404, HTML, "after 404"),
+    (404, {}, "after 404"),
+    (400, HTML, "after 400"),
+    (403, {}, "after 403"),
     (200, HTML, "after 200"),
     (307, {"Location": "/elsewhere"}, "after 307"),
     (500, {"Retry-After": "soon"}, "after 500"),
@@ -264,13 +290,19 @@ TROUBLES: list[tuple[int, dict[str, str], str]] = [
 
 
 class Troubled(BaseHTTPRequestHandler):
-    """Opens sessions, and answers every other heartbeat with the next trouble."""
+    """Opens sessions, and answers every other heartbeat with the next trouble, or those of a status with this one."""
 
     server: "TroubledServer"
 
     def do_POST(self) -> None:
+        self.server.times[self.path].append(time.monotonic())
+        subject, status = self.path.split("/")[1:3]
         if self.path.endswith("/sessions"):
-            self.answer(201, {}, b'{"success": true, "session": {"id": "%b"}}' % (b"A" * 32))
+            expires_in = {"Session-Expires-In": "3" if status == "404" else "0"}
+            self.answer(201, expires_in, b'{"success": true, "session": {"id": "%b"}}' % (b"A" * 32))
+            return
+        if status.isdecimal():
+            self.answer(int(status), {}, b'{"success": false, "error": "Session not found"}')
             return
         number, is_trouble = divmod(self.server.beats[self.path], 2)
         self.server.beats[self.path] += 1
@@ -298,24 +330,25 @@ class TroubledServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Troubled)
         self.beats: Counter[str] = Counter()
+        self.times: defaultdict[str, list[float]] = defaultdict(list)
         self.over = threading.Event()
 
 
 @pytest.fixture
-def troubled() -> Iterator[str]:
+def troubled() -> Iterator[TroubledServer]:
     """Something that has a session for each subject, and much on the way to it that goes wrong."""
     with TroubledServer() as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}/SUBJECT/sessions"
+        yield httpd
         httpd.over.set()
         httpd.shutdown()
         thread.join()
 
 
-def test_nothing_else_ends_a_session(start: Start, troubled: str) -> None:
+def test_nothing_else_ends_a_session(start: Start, troubled: TroubledServer) -> None:
     """Whatever goes wrong on the way, a loop waits, for as long as it is told to, and goes on with its session."""
-    loops = start(troubled, with_token=True)
+    loops = start(f"http://127.0.0.1:{troubled.server_port}/SUBJECT/sessions", with_token=True)
     for _, _, said in TROUBLES:
         for each in loops:
             each.wait_for("renewed for 0 s")
@@ -323,3 +356,16 @@ def test_nothing_else_ends_a_session(start: Start, troubled: str) -> None:
     for each in loops:
         each.wait_for("renewed for 0 s")
         assert len(each.ids) == 1, each
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 413, 415, 422, 431])
+def test_final_answer(start: Start, troubled: TroubledServer, status: int) -> None:
+    """A heartbeat that is refused for good ends a loop with the sentence; only that of an ended session opens anew."""
+    loops = start(f"http://127.0.0.1:{troubled.server_port}/SUBJECT/{status}/sessions", with_token=True)
+    for each in loops:
+        assert each.stopped() == f"stopped after {status}: Session not found"
+        assert len(each.ids) == 1, each
+        [opened] = troubled.times[f"/{each.name}/{status}/sessions"]
+        [beat] = troubled.times[f"/{each.name}/{status}/sessions/{each.ids[0]}/heartbeat"]
+        # The first beat comes at a third of what the answer to opening says.
+        assert status != 404 or 0.75 < beat - opened < 2, each
