@@ -23,29 +23,29 @@ if #fields > 0 then
   return { fields, redis.call("PEXPIRETIME", session) }
 end
 
+local time = redis.call("TIME")
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local absolute_end = now + absolute_timeout
+
 -- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
 local dead = {}
 if redis.call("ZCARD", index) >= limit then
   local members = redis.call("ZRANGE", index, 0, -1)
-  local first = absolute_timeout
+  local first = absolute_end
   for _, member in ipairs(members) do
-    local ttl = redis.call("PTTL", prefix .. member)
-    if ttl == -2 then
+    local expiry = redis.call("PEXPIRETIME", prefix .. member)
+    if expiry == -2 then
       dead[#dead + 1] = member
-    elseif ttl >= 0 then
-      first = math.min(first, ttl)
+    elseif expiry >= 0 then
+      first = math.min(first, expiry)
     end
   end
   if #members - #dead >= limit then
-    return first
+    return first - now
   end
 end
 
-local time = redis.call("TIME")
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local absolute_end = now + absolute_timeout
 local expiry = math.min(now + idle_timeout, absolute_end)
-
 -- No-op writes: what would be refused below, half-way, is refused here, before anything has changed. ZADD comes first,
 -- since a full Redis looks only at a script's first write.
 redis.call("ZADD", index, "XX", absolute_end, id)
