@@ -58,7 +58,7 @@ class Renewal(NamedTuple):
 
     @property
     def expires_in(self) -> int:
-        """Whole seconds until the expiry, rounded down so that nobody comes too late."""
+        """Whole seconds until the expiry, rounded down so that no heartbeat comes too late."""
         return (self.expires_at_ms - self.renewed_at_ms) // 1000
 
 

@@ -64,7 +64,7 @@ def connect(config: Config) -> Servers:
     """The servers behind `config.redis_url`. They are reached when they are first used, and again after trouble.
 
     A call waits half the configured timeout for a connection out of the pool and the whole of it for an answer. The
-    clients repeat nothing; whoever calls knows what may be repeated.
+    clients repeat nothing: the runner does, which knows what may be repeated.
     """
     url = urlsplit(config.redis_url)
     if url.scheme == "memory":
@@ -78,7 +78,7 @@ def connect(config: Config) -> Servers:
     }
     if url.scheme != "rediss":
         # Spares each new connection the two round trips of CLIENT SETINFO. Not over TLS, where session tickets that
-        # nobody has read yet would make the pool refuse the connection as one with an unread reply.
+        # have not been read yet would make the pool refuse the connection as one with an unread reply.
         timeouts["driver_info"] = None
     pool: dict[str, Any] = {
         "max_connections": POOL_SIZE,
