@@ -285,6 +285,7 @@ def test_clocks(redis_server: RedisServer) -> None:
     """Behind a proxy an idle connection stays, and a head has 5 seconds from its first byte on all the same."""
     environ = {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TRUSTED_PROXIES": "1"}
     with gunicorn_process(environ) as (_, port), ThreadPoolExecutor(2) as pool:
+        assert statuses(exchange(port, GET + b"Connection: close\r\n\r\n")) == [200]  # the worker is there
 
         def idle() -> bytes:
             with connect(port) as connection:
