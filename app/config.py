@@ -8,7 +8,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -128,6 +128,12 @@ def addresses_of(url: str) -> list[tuple[str, int]]:
     default = 26379 if "+sentinel:" in url else 6379
     parts = [urlsplit(f"//{part}") for part in urlsplit(url).netloc.rpartition("@")[2].split(",")]
     return [(part.hostname or "", part.port or default) for part in parts]
+
+
+def credentials_of(url: str) -> dict[str, str | None]:
+    """The user and the password in a URL of Redis, as redis-py takes them."""
+    user, password = urlsplit(url).username, urlsplit(url).password
+    return {"username": unquote(user or "") or None, "password": unquote(password or "") or None}
 
 
 def parse_ca_certs(text: str) -> str:

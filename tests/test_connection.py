@@ -1,12 +1,15 @@
 """Sentinel and Cluster, one node of each: the ways there. What happens when they fail is in faults/."""
 
 import signal
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -16,7 +19,7 @@ from app import create_app
 from app.config import Config
 from app.doctor import examine_redis
 from app.store.connect import POOL_SIZE, Cluster, OnePrimary, connect
-from tests.conftest import SECRET, Caller
+from tests.conftest import SECRET, Caller, Log
 from tests.servers import free_port, required, running, until
 
 
@@ -35,16 +38,23 @@ def primary(tmp_path: Path) -> Iterator[redis.Redis]:
             yield client
 
 
+@contextmanager
+def sentinel_of(primary: redis.Redis, folder: Path, *more: str, password: str | None = None) -> Iterator[str]:
+    """A sentinel of the primary with more lines in its configuration; gives its URL without credentials."""
+    port, file = free_port(), folder / "sentinel.conf"
+    lines = [f"port {port}", f"sentinel monitor main 127.0.0.1 {port_of(primary)} 1", "sentinel auth-pass main p@ss"]
+    file.write_text("\n".join([*lines, *more, ""]))
+    with running([required("redis-server"), str(file), "--sentinel"], stdout=subprocess.DEVNULL):
+        with redis.Redis(port=port, password=password, decode_responses=True) as sentinel:
+            until(lambda: "disconnected" not in sentinel.sentinel_master("main")["flags"])
+        yield f"redis+sentinel://127.0.0.1:{port}/main/3"
+
+
 @pytest.fixture
 def sentinel_url(primary: redis.Redis, tmp_path: Path) -> Iterator[str]:
     """A sentinel that knows the primary, named behind one that is dead."""
-    port, file = free_port(), tmp_path / "sentinel.conf"
-    watched = primary.connection_pool.connection_kwargs["port"]
-    file.write_text(f"port {port}\nsentinel monitor main 127.0.0.1 {watched} 1\nsentinel auth-pass main p@ss\n")
-    with running([required("redis-server"), str(file), "--sentinel"], stdout=subprocess.DEVNULL):
-        with redis.Redis(port=port, decode_responses=True) as sentinel:
-            until(lambda: "disconnected" not in sentinel.sentinel_master("main")["flags"])
-        yield f"redis+sentinel://:p%40ss@127.0.0.1:{free_port()},127.0.0.1:{port}/main/3"
+    with sentinel_of(primary, tmp_path) as url:
+        yield url.replace("://", f"://:p%40ss@127.0.0.1:{free_port()},")
 
 
 @contextmanager
@@ -72,6 +82,10 @@ def ids_of(node: redis.Redis) -> set[str]:
 
 def port_of(node: redis.Redis) -> int:
     return node.get_connection_kwargs()["port"]
+
+
+def port_in(url: str) -> int:
+    return urlsplit(url).port
 
 
 @pytest.fixture
@@ -114,11 +128,112 @@ def test_sentinel(sentinel_url: str, primary: redis.Redis) -> None:
     disconnect(app)
 
 
+@pytest.mark.parametrize(
+    "lines, password, user",
+    [
+        ([], None, ""),
+        (["requirepass p@ss"], "p@ss", ""),
+        (["user app on >p@ss ~* &* +@all"], None, "app"),
+        (["user app on >p@ss ~* &* -@all +sentinel|master", "requirepass other"], "other", "app"),
+    ],
+    ids=["no password", "a password", "users, who are not needed", "users with few rights, who are needed"],
+)
+def test_sentinel_credentials(
+    primary: redis.Redis, tmp_path: Path, lines: list[str], password: str | None, user: str
+) -> None:
+    """The URL's user and password are tried on sentinels; one that needs none and refuses them is asked without."""
+    primary.execute_command("ACL", "SETUSER", "app", "on", ">p@ss", "~*", "+@all")
+    with sentinel_of(primary, tmp_path, *lines, password=password) as url:
+        app = create_app(config(url.replace("://", f"://{user}:p%40ss@")))
+        live(app)
+        disconnect(app)
+
+
+@pytest.mark.parametrize(
+    "password, sentence",
+    [("", "Authentication required."), (":p%40ss@", "invalid username-password pair or user is disabled.")],
+)
+def test_sentinel_refuses(primary: redis.Redis, tmp_path: Path, log: Log, password: str, sentence: str) -> None:
+    """What a sentinel says where it refuses the credentials, or misses them, is in the log, and the doctor says it."""
+    with sentinel_of(primary, tmp_path, "requirepass other", password="other") as url:
+        app = create_app(config(url.replace("://", f"://{password}")))
+        assert Caller(app).get("/sessions").status_code == 500
+        [line] = log.take()
+        assert (line["event"], line["reason"]) == ("redis_unavailable", f"MasterNotFoundError: {sentence}")
+        assert any(sentence in finding.text for finding in examine_redis(app))
+
+
+def test_sentinel_knows_better(primary: redis.Redis, tmp_path: Path) -> None:
+    """A sentinel that takes the primary for down, or has never heard of it, does not keep another from being asked."""
+    folders = [tmp_path / name for name in ("alone", "strange", "good")]
+    for folder in folders:
+        folder.mkdir()
+    with ExitStack() as stack:
+        alone, strange, good = (stack.enter_context(sentinel_of(primary, folder)) for folder in folders)
+        with redis.Redis(port=port_in(alone)) as sentinel:
+            sentinel.execute_command("SENTINEL", "SET", "main", "auth-pass", "wrong", "down-after-milliseconds", "1")
+            until(lambda: sentinel.sentinel_master("main")["is_sdown"])
+        with redis.Redis(port=port_in(strange)) as sentinel:
+            sentinel.sentinel_remove("main")
+        ports = [port_in(each) for each in (alone, strange, good)]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        app = create_app(config(f"redis+sentinel://:p%40ss@{hosts}/main"))
+        live(app)
+        disconnect(app)
+
+
+@pytest.mark.parametrize("place", ["one server", "behind a sentinel", "a cluster"])
+def test_too_many_clients(
+    request: pytest.FixtureRequest, primary: redis.Redis, tmp_path: Path, log: Log, place: str
+) -> None:
+    """That a Redis takes no more clients is said in its own words, in the log and by the doctor."""
+    with ExitStack() as stack:
+        server, url = primary, f"redis://127.0.0.1:{port_of(primary)}"
+        primary.config_set("requirepass", "")
+        if place == "behind a sentinel":
+            url = stack.enter_context(sentinel_of(primary, tmp_path))
+        if place == "a cluster":
+            server, url = request.getfixturevalue("node"), request.getfixturevalue("cluster_url")
+        app = create_app(config(url))
+        live(app)
+        disconnect(app)
+        server.config_set("maxclients", 1)  # which is the one that sets it
+        log.take()
+        for _ in range(5):
+            assert Caller(app).get("/sessions").status_code == 500
+        [line] = log.take()
+        sentence = "max number of clients +" if place == "a cluster" else "max number of clients reached"
+        assert line["event"] == "redis_unavailable" and sentence in line["reason"]
+        assert any(sentence in finding.text for finding in examine_redis(app))
+
+
+def test_protected(tmp_path: Path) -> None:
+    """What a Redis says to everyone who connects is passed on in its own words."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"-DENIED Redis is running in protected mode\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        app = create_app(config(f"redis://127.0.0.1:{server.server_address[1]}"))
+        assert any("DENIED Redis is running in protected mode" in each.text for each in examine_redis(app))
+        server.shutdown()
+
+
+def test_no_cluster(primary: redis.Redis, log: Log) -> None:
+    """That a single server is named as a cluster is said in its own words."""
+    app = create_app(config(f"redis+cluster://:p%40ss@127.0.0.1:{port_of(primary)}"))
+    [line] = log.take()
+    assert (line["event"], line["reason"]) == ("slots_not_renewed", "This instance has cluster support disabled")
+    assert any("(this is no cluster: redis:// or rediss://" in finding.text for finding in examine_redis(app))
+
+
 def test_sentinel_service_unknown(sentinel_url: str) -> None:
     """Where no sentinel knows the service the answer is a 500, and the look at the start says so."""
     app = create_app(config(sentinel_url.replace("/main/", "/other/")))
     assert Caller(app).get("/sessions").status_code == 500
-    assert any("No master found" in finding.text for finding in examine_redis(app))
+    assert any("No such master" in finding.text for finding in examine_redis(app))
 
 
 def test_cluster(cluster_url: str) -> None:

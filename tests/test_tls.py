@@ -1,14 +1,16 @@
-"""Redis over TLS: certificates are verified, against an authority that can be pinned, unless that is switched off."""
+"""Redis over TLS, alone, behind Sentinel and as a Cluster: certificates are verified unless that is switched off."""
 
 import datetime
 import http.client
 import ipaddress
 import itertools
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import redis
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -18,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from app import create_app
 from app.config import Config
 from tests.conftest import SECRET, Caller, Log, token
-from tests.servers import RedisServer, free_port, gunicorn_logged, log_lines
+from tests.servers import RedisServer, free_port, gunicorn_logged, log_lines, required, running, until
 
 NAMES = {"loopback": x509.IPAddress(ipaddress.ip_address("127.0.0.1")), "elsewhere": x509.DNSName("elsewhere.test")}
 
@@ -60,23 +62,71 @@ def authority() -> Authority:
     return Authority()
 
 
+def encrypted(authority: Authority, folder: Path, place: str) -> tuple[int, dict[str, object]]:
+    """A port, and the settings of a server that speaks TLS and nothing else there, with its peers as well."""
+    port, (certificate, key) = free_port(), authority.issue(folder, NAMES[place])
+    (folder / "ca.crt").write_text(authority.pem)
+    files = {"tls-cert-file": certificate, "tls-key-file": key, "tls-ca-cert-file": folder / "ca.crt"}
+    peers = {"tls-replication": "yes", "tls-cluster": "yes", "tls-auth-clients": "no"}
+    return port, {"port": 0, "tls-port": port, **peers, **files}
+
+
+@contextmanager
+def server(authority: Authority, folder: Path, place: str, **settings: str) -> Iterator[tuple[int, redis.Redis]]:
+    """A server behind TLS: its port, and a client on its socket."""
+    port, options = encrypted(authority, folder, place)
+    options |= {name.replace("_", "-"): value for name, value in settings.items()}
+    with RedisServer(folder, *(str(part) for name, value in options.items() for part in (f"--{name}", value))) as it:
+        yield port, it.client
+
+
 @pytest.fixture(scope="module")
 def urls(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Two servers at 127.0.0.1 behind TLS alone, one with a certificate for that and one with another's."""
     found = {}
-    servers = []
-    for place, name in NAMES.items():
-        folder, port = tmp_path_factory.mktemp("t"), free_port()
-        certificate, key = authority.issue(folder, name)
-        (folder / "ca.crt").write_text(authority.pem)
-        options = ["--tls-port", port, "--tls-cert-file", certificate, "--tls-key-file", key]
-        options += ["--tls-ca-cert-file", folder / "ca.crt", "--tls-auth-clients", "no"]
-        servers.append(RedisServer(folder, *map(str, options)))
-        servers[-1].__enter__()
-        found[place] = f"rediss://127.0.0.1:{port}/0"
-    yield found
-    for server in servers:
-        server.__exit__()
+    with ExitStack() as stack:
+        for place in NAMES:
+            port, _ = stack.enter_context(server(authority, tmp_path_factory.mktemp("t"), place))
+            found[place] = f"rediss://127.0.0.1:{port}/0"
+        yield found
+
+
+@contextmanager
+def sentinel(authority: Authority, new_folder: Callable[[str], Path], places: tuple[str, str]) -> Iterator[str]:
+    """A server and its sentinel, which want a password, with certificates for these places; gives their URL."""
+    with server(authority, new_folder("t"), places[0]) as (watched, client):
+        client.config_set("requirepass", "pw")
+        folder = new_folder("t")
+        port, options = encrypted(authority, folder, places[1])
+        options |= {
+            "requirepass": "pw",
+            "sentinel monitor": f"main 127.0.0.1 {watched} 1",
+            "sentinel auth-pass": "main pw",
+        }
+        file = folder / "sentinel.conf"
+        file.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+        with running([required("redis-server"), str(file), "--sentinel"], stdout=subprocess.DEVNULL):
+            way = {"ssl": True, "ssl_cert_reqs": "none", "password": "pw", "decode_responses": True}
+            with redis.Redis(port=port, **way) as client:
+                until(lambda: "disconnected" not in client.sentinel_master("main")["flags"])
+            yield f"rediss+sentinel://:pw@127.0.0.1:{port}/main"
+
+
+@contextmanager
+def cluster(authority: Authority, new_folder: Callable[[str], Path], place: str) -> Iterator[str]:
+    """A cluster of three primaries with certificates for a place; gives its URL."""
+    with ExitStack() as stack:
+        on = {"cluster_enabled": "yes"}
+        nodes = [stack.enter_context(server(authority, new_folder("t"), place, **on)) for _ in range(3)]
+        for number, (_, node) in enumerate(nodes):
+            node.execute_command("CLUSTER", "ADDSLOTSRANGE", number * 5461, min(number * 5461 + 5460, 16383))
+            node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0][0])
+        nodes[-1][1].execute_command("CLUSTER", "ADDSLOTS", 16383)
+        known = {"cluster_state": "ok", "cluster_known_nodes": "3", "cluster_size": "3"}
+        for _, node in nodes:
+            until(lambda node=node: known.items() <= node.cluster("info").items(), 30)
+        yield f"rediss+cluster://127.0.0.1:{nodes[0][0]},127.0.0.1:{nodes[1][0]}"
 
 
 @contextmanager
@@ -84,7 +134,9 @@ def caller(url: str, **more: str) -> Iterator[Caller]:
     """Somebody who speaks to an app with this environment."""
     app = create_app(Config.from_env({"REDIS_URL": url, "JWT_SECRET": SECRET, **more}))
     yield Caller(app)
-    app.extensions["servers"].clients()[0].connection_pool.disconnect()
+    with suppress(redis.RedisError):  # a cluster that could not be reached
+        for client in app.extensions["servers"].clients():
+            client.connection_pool.disconnect()
 
 
 WAYS: dict[str, Callable[[str, Path], str]] = {
@@ -102,6 +154,57 @@ def test_pinned(authority: Authority, urls: dict[str, str], tmp_path: Path, way:
     with caller(urls["loopback"], REDIS_CA_CERTS=WAYS[way](authority.pem, tmp_path / "ca.crt")) as alice:
         assert alice.heartbeat(alice.open()).status_code == 200
         assert alice.get("/readyz").status_code == 200
+
+
+SENTINELS = {
+    "for both": ("loopback", "loopback"),
+    "for the sentinel": ("elsewhere", "loopback"),
+    "for the server": ("loopback", "elsewhere"),
+}
+
+
+@pytest.mark.parametrize("certified", SENTINELS)
+def test_sentinel(authority: Authority, tmp_path_factory: pytest.TempPathFactory, certified: str) -> None:
+    """The certificates of both sentinels and servers are verified, unless that is switched off."""
+    with sentinel(authority, tmp_path_factory.mktemp, SENTINELS[certified]) as url:
+        with caller(url, REDIS_CA_CERTS=authority.pem) as alice:
+            assert served(alice) == (certified == "for both")
+        with caller(url) as alice:
+            assert not served(alice)
+        with caller(url, REDIS_TLS_VERIFY="off") as alice:
+            assert served(alice)
+        with caller(url.replace("rediss", "redis")) as alice:
+            assert not served(alice)
+
+
+@pytest.mark.parametrize("place", NAMES)
+def test_cluster(authority: Authority, tmp_path_factory: pytest.TempPathFactory, place: str) -> None:
+    """The certificates of all nodes of a cluster are verified, unless that is switched off."""
+    with cluster(authority, tmp_path_factory.mktemp, place) as url:
+        with caller(url, REDIS_CA_CERTS=authority.pem) as alice:
+            assert served(alice) == (place == "loopback")
+            if place == "loopback":
+                assert len(alice.http.application.extensions["servers"].addresses()) == 3
+        with caller(url) as alice:
+            assert not served(alice)
+        with caller(url, REDIS_TLS_VERIFY="off") as alice:
+            assert served(alice)
+
+
+def served(alice: Caller) -> bool:
+    """Whether sessions of several subjects are opened, kept alive, listed and revoked; else all of that fails."""
+    answers = set()
+    for number in range(8):  # in a cluster they are on different nodes
+        someone = Caller(alice.http.application, f"{number}")
+        opened = someone.post("/sessions")
+        id = opened.json["session"]["id"] if opened.status_code == 201 else "A" * 32
+        for call in (someone.heartbeat, lambda _: someone.get("/sessions"), someone.revoke):
+            answers.add(call(id).status_code)
+        if opened.status_code == 500:
+            break
+    assert answers in ({200}, {500})
+    assert alice.get("/readyz").status_code == (200 if answers == {200} else 503)
+    return answers == {200}
 
 
 def test_unknown_authority(urls: dict[str, str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import redis
 from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import AskError, RedisClusterException, RedisError
-from redis.retry import Retry
 
-from app.config import addresses_of
+from app.config import addresses_of, credentials_of
+from app.store.handshake import read_reply
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +21,20 @@ class Cluster:
 
     REFRESH_EVERY = 0.2  # seconds between two refreshes at the least
 
-    def __init__(self, url: str, retry: Retry, options: dict[str, Any]) -> None:
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
         """`options` are those of the connections and their pools."""
         (host, port), *others = addresses_of(url)
+        scheme = url.partition("+")[0]
         self._options = {
+            **options,
+            **credentials_of(url),
+            "redis_connect_func": read_reply,  # redis-py has one of its own, which calls this at its end
             # Only with a URL does redis-py take a pool of another kind: one with a queue.
-            "url": f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}",
+            "url": f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}",
             "startup_nodes": [ClusterNode(*address) for address in others],
             "connection_pool_class": redis.BlockingConnectionPool,
             # After a restart under new addresses the ones in the URL are the only ones that hold.
             "dynamic_startup_nodes": False,
-            "retry": retry,
-            **options,
         }
         self._cluster: RedisCluster | None = None
         self._last_error = ""
@@ -105,8 +107,15 @@ class Cluster:
             else:
                 self._cluster.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
         except (RedisError, RedisClusterException, OSError) as error:
+            said = str(_cause(error))
             if not self._last_error:
-                log.warning("slots_not_renewed", extra={"reason": str(error)})
-            self._last_error = str(error)
+                log.warning("slots_not_renewed", extra={"reason": said})
+            self._last_error = said
         else:
             self._last_error = ""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a server or its connection has said, out of what redis-py has wrapped it in."""
+    cause = error.__cause__ or error.__context__
+    return _cause(cause) if cause and isinstance(error, RedisClusterException) else error

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -12,6 +12,7 @@ from redis.retry import Retry
 
 from app.config import Config
 from app.store.cluster import Cluster
+from app.store.handshake import set_up
 from app.store.sentinel import by_sentinel
 
 log = logging.getLogger(__name__)
@@ -64,22 +65,21 @@ def connect(config: Config) -> Servers:
     """The servers behind `config.redis_url`. They are reached when they are first used, and again after trouble.
 
     A call waits half the configured timeout for a connection out of the pool and the whole of it for an answer. The
-    clients repeat nothing: the runner does, which knows what may be repeated.
+    clients repeat nothing; whoever calls knows what may be repeated.
     """
     url = urlsplit(config.redis_url)
     if url.scheme == "memory":
         return OnePrimary(_in_process())
-    never = Retry(NoBackoff(), 0, supported_errors=(redis.ConnectionError,))
-    timeouts: dict[str, Any] = {
+    connection: dict[str, Any] = {
         "socket_timeout": config.redis_timeout_seconds,
         "socket_connect_timeout": config.redis_timeout_seconds,
+        "retry": Retry(NoBackoff(), 0, supported_errors=(redis.ConnectionError,)),
         # RESP3 would come with maintenance notifications, which switch off the check for stale connections.
         "protocol": 2,
+        "driver_info": None,  # spares each new connection the two round trips of CLIENT SETINFO
+        "redis_connect_func": set_up,
+        **(_tls(config) if url.scheme.startswith("rediss") else {}),
     }
-    if url.scheme != "rediss":
-        # Spares each new connection the two round trips of CLIENT SETINFO. Not over TLS, where session tickets that
-        # have not been read yet would make the pool refuse the connection as one with an unread reply.
-        timeouts["driver_info"] = None
     pool: dict[str, Any] = {
         "max_connections": POOL_SIZE,
         "timeout": config.redis_timeout_seconds / 2,
@@ -87,15 +87,12 @@ def connect(config: Config) -> Servers:
         # What is no UTF-8 must not fail the replies beside it: it becomes lone surrogates, which no text of ours has.
         "encoding_errors": "surrogateescape",
     }
-    credentials = {"username": unquote(url.username or "") or None, "password": unquote(url.password or "") or None}
-    if url.scheme == "redis+cluster":
-        return Cluster(config.redis_url, never, {**credentials, **timeouts, **pool})
-    timeouts["retry"] = never
-    if url.scheme == "redis+sentinel":
-        return OnePrimary(by_sentinel(config.redis_url, credentials, timeouts, pool))
-    tls = _tls(config) if url.scheme == "rediss" else {}
+    if url.scheme.endswith("+cluster"):
+        return Cluster(config.redis_url, {**connection, **pool})
+    if url.scheme.endswith("+sentinel"):
+        return OnePrimary(by_sentinel(config.redis_url, connection, pool))
     return OnePrimary(
-        redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(config.redis_url, **timeouts, **pool, **tls))
+        redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(config.redis_url, **connection, **pool))
     )
 
 

@@ -2,29 +2,59 @@
 
 import threading
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import redis
-from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.sentinel import MasterNotFoundError, SentinelConnectionPool, SentinelManagedConnection
 
-from app.config import addresses_of
+from app.config import addresses_of, credentials_of
+from app.store.handshake import set_up_sentinel
 
 
-def by_sentinel(url: str, credentials: dict[str, Any], timeouts: dict[str, Any], pool: dict[str, Any]) -> redis.Redis:
+def by_sentinel(url: str, connection: dict[str, Any], pool: dict[str, Any]) -> redis.Redis:
     """A client of the primary. The sentinels are asked in the background, from now on; a dead one costs a timeout."""
     _, service, *database = urlsplit(url).path.split("/")
+    encrypted = url.startswith("rediss")
     managed = _Pool(
         service,
-        Sentinel(addresses_of(url), sentinel_kwargs=timeouts),
-        connection_class=_Connection,
+        _Sentinels(url, {"ssl": encrypted, **connection}),
+        connection_class=_TLSConnection if encrypted else _Connection,
         db=int(database[0]) if database else 0,
-        **credentials,
-        **timeouts,
+        **credentials_of(url),
+        **connection,
         **pool,
     )
     threading.Thread(target=managed.watch, name="sentinel", daemon=True).start()
     return redis.Redis(connection_pool=managed)
+
+
+class _Sentinels:
+    """The sentinels of a URL. They may have its user and password, or none. In the place of redis-py's `Sentinel`."""
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        """`options` are those of the connections."""
+        user, password = credentials_of(url).values()
+        credentials = (user, password or "") if user else (password,) if password else ()
+        options = {**options, "redis_connect_func": partial(set_up_sentinel, credentials=credentials)}
+        self._clients = [redis.Redis(*address, **options) for address in addresses_of(url)]
+
+    def discover_master(self, service: str) -> tuple[str, int]:
+        """The primary's address. Raises MasterNotFoundError with what the sentinels say instead."""
+        said = []
+        for client in self._clients:
+            try:
+                state: Any = client.sentinel_master(service)
+            except (redis.RedisError, OSError) as error:
+                said.append(str(error))
+                continue
+            if state["is_master"] and not (state["is_sdown"] or state["is_odown"]):
+                self._clients.remove(client)
+                self._clients.insert(0, client)
+                return state["ip"], state["port"]
+            said.append(f"{service} is down")
+        raise MasterNotFoundError("; ".join(dict.fromkeys(said)))
 
 
 class _Connection(SentinelManagedConnection):
@@ -35,6 +65,10 @@ class _Connection(SentinelManagedConnection):
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         return super().read_response(*args, **{**kwargs, "disconnect_on_error": True})
+
+
+class _TLSConnection(_Connection, redis.SSLConnection):
+    """The same over TLS; the certificate must be for the address that the sentinels give."""
 
 
 class _Pool(SentinelConnectionPool, redis.BlockingConnectionPool):
@@ -73,6 +107,6 @@ class _Pool(SentinelConnectionPool, redis.BlockingConnectionPool):
             try:
                 self.proxy.get_master_address()
             except Exception as error:  # whatever it is, the next time another sentinel may know better
-                self._last_error = str(error).partition(" : ")[0]  # without what redis-py says of its own objects
+                self._last_error = str(error)
             self._asked.set()
             time.sleep(0.5)
