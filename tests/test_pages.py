@@ -1,15 +1,19 @@
 """The README and docs/: their links, and what they list about events, metrics and the rights of a Redis user."""
 
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from app import create_app
 from app.config import Config
 from app.metrics import Metrics
 from tests.conftest import SECRET, Caller
 from tests.servers import PERSISTENT, ROOT, RedisServer, free_port, until
+from tests.test_connection import sentinel_of
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -67,25 +71,33 @@ def test_metrics() -> None:
     assert names <= listed
 
 
-@pytest.mark.parametrize("kind", ["redis", "redis+cluster"])
+@pytest.mark.parametrize("kind", ["redis", "redis+cluster", "redis+sentinel"])
 def test_rights(kind: str, tmp_path: Path) -> None:
-    """A user with the rights that are listed, for one server or for a cluster, can do all that the service needs."""
-    one, cluster = re.findall(r"^ACL SETUSER (.*)$", OPERATE, re.MULTILINE)
-    port, clustered = free_port(), kind == "redis+cluster"
+    """A user with the rights that are listed can do all that the service needs: on a server, a cluster, a sentinel."""
+    server_rights, cluster_rights, sentinel_rights = re.findall(r"^ACL SETUSER (.*)$", OPERATE, re.MULTILINE)
+    clustered, port = kind == "redis+cluster", free_port()
     options = ["--cluster-enabled", "yes"] if clustered else []
-    with RedisServer(tmp_path, "--port", str(port), *PERSISTENT, *options) as server:
+    with ExitStack() as stack:
+        admin = stack.enter_context(RedisServer(tmp_path, "--port", str(port), *PERSISTENT, *options)).client
         if clustered:
-            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            until(lambda: "cluster_state:ok" in server.client.execute_command("CLUSTER", "INFO"))
-        server.client.execute_command("ACL", "SETUSER", *(cluster if clustered else one).split())
-        database = "" if clustered else "/1"
-        url = f"{kind}://sessions:PASSWORD@127.0.0.1:{port}{database}"
-        app = create_app(Config(redis_url=url, jwt_secret=(SECRET,), session_limit=2, web_concurrency=1))
+            admin.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+            until(lambda: "cluster_state:ok" in admin.execute_command("CLUSTER", "INFO"))
+        admin.execute_command("ACL", "SETUSER", *(cluster_rights if clustered else server_rights).split())
+        url = f"{kind}://127.0.0.1:{port}" + ("" if clustered else "/1")
+        if kind == "redis+sentinel":
+            primary = stack.enter_context(redis.Redis(port=port))
+            lines = [f"user {sentinel_rights}", "requirepass other"]
+            url = stack.enter_context(sentinel_of(primary, tmp_path, *lines, password="other"))
+        config = Config(redis_url=url.replace("://", "://sessions:PASSWORD@"), jwt_secret=(SECRET,), session_limit=2)
+        app = create_app(config)
         use_all(Caller(app, "al/ice"))
         assert app.test_cli_runner().invoke(args=["doctor"]).exit_code == 0
-        with_acks = Config(redis_url=url, jwt_secret=(SECRET,), redis_wait_replicas=1, web_concurrency=1)
-        assert Caller(create_app(with_acks)).post("/sessions").status_code == 500  # there is no replica
-        assert server.client.execute_command("ACL", "LOG") == []
+        strict = create_app(replace(config, redis_wait_replicas=1))
+        assert Caller(strict).post("/sessions").status_code == 500  # there is no replica
+        assert admin.execute_command("ACL", "LOG") == []
+        for each in (app, strict):
+            for client in each.extensions["servers"].clients():
+                client.connection_pool.disconnect()
 
 
 def use_all(caller: Caller) -> None:
