@@ -60,29 +60,29 @@ def liveness() -> dict[str, str]:
 
 @bp.get("/readyz")
 def readiness() -> Response:
-    """Whether this process can serve sessions: it has signing keys, and Redis answers, within 1.5 seconds."""
+    """Whether this process can serve sessions: it has signing keys, and Redis takes writes, within 1.5 seconds."""
     if not current_app.extensions["keys"].loaded:
         return error(503, headers=retry_after(5), status="unavailable")
     try:
-        current_app.extensions["session_store"].ping()
+        current_app.extensions["session_store"].probe()
     except StoreUnavailable:
-        return error(503, "Redis does not answer", retry_after(1), status="unavailable")
+        return error(503, "Redis not available", retry_after(1), status="unavailable")
     return jsonify(status="ok")
 
 
 class Moment(Collector):
-    """What is not counted but looked up when Prometheus asks: the build, and whether Redis answers."""
+    """What is not counted but looked up when Prometheus asks: the build, and whether Redis takes writes."""
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, after at most the 1.5 seconds that `ping` takes."""
+        """The metrics, after at most the 1.5 seconds that `probe` takes."""
         build = {"version": VERSION, "python": platform.python_version()}
         yield InfoMetricFamily("session_heartbeat_build", "What is running.", build)
         try:
-            current_app.extensions["session_store"].ping()
+            current_app.extensions["session_store"].probe()
             up = 1
         except StoreUnavailable:
             up = 0
-        yield GaugeMetricFamily("redis_up", "Whether Redis answers the worker that was asked.", up)
+        yield GaugeMetricFamily("redis_up", "Whether Redis takes writes from the worker that was asked.", up)
 
 
 @metrics_bp.get("/metrics")

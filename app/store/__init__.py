@@ -70,6 +70,8 @@ def _renewals(reply: Sequence[Any]) -> list[Any]:
 OPEN, INDEX = Script("open"), Script("index")
 GET, HEARTBEAT = Script("get", per_key=list), Script("heartbeat", per_key=_renewals)
 REVOKE = Script("revoke", repeatable=False)
+PROBE = Script("probe")
+PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one
 
 
 class SessionStore:
@@ -177,9 +179,9 @@ class SessionStore:
         ids = [id for id in self._indexed(subject) if id != except_id]
         return sum(self._runner.calls(REVOKE, [_revocation(subject, id) for id in ids], durable=True))
 
-    def ping(self) -> None:
-        """Ask Redis whether it is there, for 1.5 seconds at most."""
-        self._runner.ping()
+    def probe(self) -> None:
+        """Find out whether Redis takes writes, in 1.5 seconds at most, with the rights that sessions need."""
+        self._runner.probe(PROBE, PROBED)
 
     def _indexed(self, subject: str) -> Sequence[str]:
         try:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from app.store.outages import Outages, described
 from app.store.replicas import ReplicaAcks
 
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
-PING_SECONDS = 1.5
+PROBE_SECONDS = 1.5
 
 T = TypeVar("T")
 Command = tuple[str | int, ...]
@@ -133,14 +133,26 @@ class Runner:
                 batches = self._batches.setdefault(client, GroupCommit(send))
             return batches.submit((client, group, key))
 
-    def ping(self) -> None:
-        """Ask Redis whether it is there. Of a cluster one primary is enough: the subjects of the others are served."""
-        with _unavailable(), deadline(PING_SECONDS):
-            *others, last = self._servers.clients()
-            for client in others:
-                with suppress(RedisError, OSError), deadline(PING_SECONDS / (len(others) + 1)):
-                    return _ping(client)
-            _ping(last)
+    def probe(self, script: Script, keys: Sequence[str]) -> None:
+        """Run a script, which replies 0, over one of these keys on each server until one takes it, for 1.5 s at most.
+
+        One primary of a cluster is enough: the subjects of that one are served.
+        """
+        failure: Exception | None = None
+        tried = set()
+        with _unavailable(), deadline(PROBE_SECONDS):
+            for key in keys:
+                try:
+                    client = self._servers.client_for(key)
+                    if client not in tried:
+                        tried.add(client)
+                        if _none_failed(self._run(client, script, [Call([key])])) == [0]:
+                            return
+                        raise ResponseError("what answers there is no Redis")
+                except (RedisError, OSError) as error:
+                    failure = failure or error
+            if failure:
+                raise failure
 
     def _client_for(self, script: Script, key: str) -> redis.Redis:
         try:
@@ -287,8 +299,3 @@ def _once_more(act: Callable[[], T]) -> T:
         return act()
     except redis.ConnectionError:
         return act()
-
-
-def _ping(client: redis.Redis) -> None:
-    if not _once_more(client.ping):
-        raise ResponseError("what answers there is no Redis")
