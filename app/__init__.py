@@ -22,6 +22,15 @@ from app.responses import APIResponse, ContractJSON
 from app.store import SessionStore
 from app.store.connect import Servers, connect
 
+EXPOSED_HEADERS = [
+    "Location",
+    "Retry-After",
+    "Session-Expires-In",
+    "Sessions-Revoked",
+    "WWW-Authenticate",
+    "X-Request-Id",
+]
+
 
 class APIFlask(Flask):
     """Flask with the API's JSON and answers, and routes that do not look at the Host header."""
@@ -97,7 +106,7 @@ def _enable_cors(app: Flask, origins: Sequence[str]) -> None:
         origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # it would guess which are patterns
         methods=["GET", "POST"],
         allow_headers="*",  # what the page asks for: tracing adds headers of its own
-        expose_headers=["Location", "Retry-After", "Session-Expires-In", "WWW-Authenticate", "X-Request-Id"],
+        expose_headers=EXPOSED_HEADERS,
         max_age=600,
         always_send=False,
     )

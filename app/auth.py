@@ -8,11 +8,13 @@ import time
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 import jwt
 from cachetools import TTLCache
 from flask import current_app, g, request
+from werkzeug.exceptions import BadRequest
 
 from app.config import Config
 from app.keys import Key, Keys
@@ -23,10 +25,12 @@ LONGEST_TOKEN = 16_384  # bytes
 LONGEST_SUBJECT = 256
 # A lone surrogate is no character (RFC 8259 §8.2).
 SUBJECT = re.compile(rf"[^\ud800-\udfff]{{1,{LONGEST_SUBJECT}}}")
+# Where issuers put scopes: RFC 8693 §4.2, and what some of them do.
+SCOPE_CLAIMS = ("scope", "scp", "permissions", "roles")
 # Seconds a verified token is trusted without checking its signature again.
 REMEMBERED_SECONDS = 60
 REMEMBERED_BYTES = 16_000_000
-# What a remembered token takes at the most besides the characters of token and subject: 520 bytes, and up to 900 where
+# What a remembered token takes at the most besides the characters of token and subject: 570 bytes, and up to 950 where
 # many come and go.
 ENTRY_BYTES = 1_000
 # What PyJWT finds wrong, in the contract's words; everything else is malformed.
@@ -62,17 +66,36 @@ class TokenInvalid(Exception):
         self.key_id = "".join(islice(filter(str.isprintable, key_id), 64))
 
 
+class InsufficientScope(Exception):
+    """The token may not act for other subjects than its own."""
+
+
+class Caller(NamedTuple):
+    """What a token says of its bearer; and of a call, where it names another subject, for whom the `actor` acts."""
+
+    token: str
+    subject: str
+    may_act: bool
+    actor: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The most bytes that it takes to be remembered."""
+        return ENTRY_BYTES + len(self.token) + 4 * len(self.subject)
+
+
 class TokenVerifier:
-    """Verifies bearer JWTs and returns their subject."""
+    """Verifies bearer JWTs and returns what they say of the caller."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
-        # Token and subject by key generation and token.
-        self._remembered = TTLCache[tuple[int, str], tuple[str, str]](
-            REMEMBERED_BYTES, REMEMBERED_SECONDS, timer=time.time, getsizeof=_bytes_of
+        # By key generation and token.
+        self._remembered = TTLCache[tuple[int, str], Caller](
+            REMEMBERED_BYTES, REMEMBERED_SECONDS, timer=time.time, getsizeof=lambda caller: caller.size
         )
         self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
+        self._admin_scope = config.jwt_admin_scope
         self._algorithms = config.algorithms
         # Not the module's own decoder: its options are shared by all who import it.
         self._jwt = jwt.PyJWT(
@@ -86,8 +109,8 @@ class TokenVerifier:
         self._leeway = config.jwt_leeway_seconds
         self._expected: dict[str, Any] = {"issuer": config.jwt_issuer, "audience": config.jwt_audience}
 
-    def verify(self, token: str) -> str:
-        """The subject that a token names.
+    def verify(self, token: str) -> Caller:
+        """The caller who sends a token.
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
@@ -95,19 +118,20 @@ class TokenVerifier:
         key = self._keys.generation, token
         with self._lock:
             try:
-                return self._remembered[key][1]
+                return self._remembered[key]
             except KeyError:
                 pass
         if len(token) > LONGEST_TOKEN or not COMPACT_JWS.fullmatch(token):
             raise TokenInvalid("malformed")
-        subject, exp = self._verify(token)
+        claims = self._verify(token)
+        caller = Caller(token, str(claims[self._claim]), self._may_act(claims))
         # One that expires sooner would be taken for too long. PyJWT leaves fractions of a second out.
-        if int(exp) + self._leeway >= time.time() + REMEMBERED_SECONDS:
+        if int(claims["exp"]) + self._leeway >= time.time() + REMEMBERED_SECONDS:
             with self._lock:
-                self._remembered[key] = token, subject
-        return subject
+                self._remembered[key] = caller
+        return caller
 
-    def _verify(self, token: str) -> tuple[str, float]:
+    def _verify(self, token: str) -> dict[str, Any]:
         key_id: str | None = None
         try:
             # The header alone, to choose the key; the token is parsed once, with that key.
@@ -117,23 +141,25 @@ class TokenVerifier:
                 raise jwt.InvalidAlgorithmError
             key = _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id))
             claims = self._jwt.decode(token, key, self._algorithms, leeway=self._leeway, **self._expected)
-            return self._subject(claims), claims["exp"]
+            self._check(claims)
+            return claims
         # PyJWT lets the others escape for odd headers and payloads.
         except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TokenInvalid(REASONS.get(type(error), "malformed"), key_id or "") from None
 
-    def _subject(self, claims: dict[str, Any]) -> str:
+    def _check(self, claims: dict[str, Any]) -> None:
         if type(claims["exp"]) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
             raise jwt.MissingRequiredClaimError("exp")
         subject = claims[self._claim]
         if type(subject) not in (str, int) or not SUBJECT.fullmatch(str(subject)):
             raise jwt.exceptions.InvalidSubjectError
-        return str(subject)
 
-
-def _bytes_of(remembered: tuple[str, str]) -> int:
-    token, subject = remembered
-    return ENTRY_BYTES + len(token) + 4 * len(subject)
+    def _may_act(self, claims: dict[str, Any]) -> bool:
+        if self._admin_scope is None:
+            return False
+        given = [claims.get(name) for name in SCOPE_CLAIMS]
+        lists = [scopes.split(" ") if isinstance(scopes, str) else scopes for scopes in given]
+        return any(isinstance(scopes, list) and self._admin_scope in scopes for scopes in lists)
 
 
 def _signing_key(token: str, algorithm: str, candidates: Sequence[Key]) -> Key:
@@ -165,14 +191,32 @@ def bearer_token(environ: Mapping[str, Any]) -> str:
 
 
 def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a view run only with a valid token; the subject is then in `g.subject`.
+    """Let a view run only with a valid token; `g.caller` then says who calls, and for which subject.
 
-    Raises what `bearer_token` and `TokenVerifier.verify` raise.
+    Raises what `bearer_token` and `TokenVerifier.verify` raise, InsufficientScope where the query names a subject that
+    the caller may not act for, and BadRequest where it names none that there can be.
     """
 
     @functools.wraps(view)
     def guarded(**kwargs: Any) -> Any:
-        g.subject = current_app.extensions["token_verifier"].verify(bearer_token(request.environ))
+        environ = request.environ
+        g.caller = current_app.extensions["token_verifier"].verify(bearer_token(environ))
+        if environ.get("QUERY_STRING"):
+            _act_for_subject(g.caller, request.query_string)
         return view(**kwargs)
 
     return guarded
+
+
+def _act_for_subject(caller: Caller, query: bytes) -> None:
+    # Werkzeug would make "%FF" of what is no UTF-8.
+    fields = parse_qsl(query.decode(errors="surrogateescape"), keep_blank_values=True, errors="surrogateescape")
+    named = [value for name, value in fields if name == "subject"]
+    if not named:
+        return
+    valid = len(named) == 1 and SUBJECT.fullmatch(named[0])
+    g.caller = caller._replace(subject=named[0] if valid else "", actor=caller.subject)
+    if not caller.may_act:
+        raise InsufficientScope
+    if not valid:
+        raise BadRequest

@@ -58,6 +58,8 @@ ORIGIN = Regexp(  # RFC 6454 §6.2
     r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?\Z",
     error="must be origins such as https://app.example.com, separated by spaces",
 )
+# RFC 6749 §3.3, without its separator.
+SCOPE = Regexp(r"[!#-\[\]-~]+\Z", error="must be one scope: printable ASCII without space, quote and backslash")
 METRICS_TOKEN = Regexp(
     r"([\w.~+/=-]{16,}|off)\Z", re.ASCII, error="must be 16 or more letters, digits and -._~+/=, or off"
 )
@@ -204,6 +206,7 @@ class Config:
     jwt_algorithms: tuple[str, ...] = setting(parse_words, ())
     jwt_issuer: str | None = setting(String())
     jwt_audience: tuple[str, ...] = setting(lambda text: tuple(text.split()), ())
+    jwt_admin_scope: str | None = setting(String(validate=SCOPE))
     jwt_leeway_seconds: int = setting(whole_number(0, 300), 30)
     jwt_subject_claim: str = setting(String(), "sub")
     session_idle_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 1800)
@@ -257,6 +260,9 @@ class Config:
             yield "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
         if self.jwt_jwks_ca_certs and not url.startswith("https:"):
             yield "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWKS_URL only"
+        # Any other API of the issuer may have a scope of that name.
+        if self.jwt_admin_scope and not ("JWT_SECRET" in given or {"JWT_ISSUER", "JWT_AUDIENCE"} <= given):
+            yield "JWT_ADMIN_SCOPE: needs JWT_ISSUER and JWT_AUDIENCE, unless tokens are signed with JWT_SECRET"
         if (idle := self.session_idle_seconds) > (most := self.session_idle_max_seconds):
             yield f"SESSION_IDLE_SECONDS={idle}: must not be more than SESSION_IDLE_MAX_SECONDS={most}"
         sources = [name for name in KEY_SOURCES if name in given]

@@ -5,11 +5,11 @@ import math
 import random
 from typing import Any
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
-from app.auth import TokenInvalid, TokenMissing
+from app.auth import InsufficientScope, TokenInvalid, TokenMissing
 from app.events import allowed, emit, request_id
 from app.keys import KeysUnavailable
 from app.sessions import counted, peer_address
@@ -29,6 +29,7 @@ FAILED = {
 }
 SENTENCES = {
     400: "Malformed request",
+    403: "Insufficient scope",
     404: "Not found",
     405: "Method not allowed",
     408: "Request body not received in time",
@@ -58,6 +59,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(ValidationError, lambda e: error(422, details=e.normalized_messages()))
     app.register_error_handler(TokenMissing, token_missing)
     app.register_error_handler(TokenInvalid, token_invalid)
+    app.register_error_handler(InsufficientScope, insufficient_scope)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
     app.register_error_handler(StoreUnavailable, lambda _: failed())
     app.register_error_handler(Exception, unexpected)
@@ -97,6 +99,14 @@ def token_invalid(e: TokenInvalid) -> Response:
     description = TOKEN_DESCRIPTIONS.get(e.reason, "The token is not valid here")
     challenge = f'{BEARER}, error="invalid_token", error_description="{description}"'
     return error(401, TOKEN_INVALID, {"WWW-Authenticate": challenge})
+
+
+def insufficient_scope(e: InsufficientScope) -> Response:
+    counted().token_refused("scope")
+    emit("scope_refused", endpoint=request.endpoint, address=peer_address())
+    scope = current_app.extensions["config"].jwt_admin_scope
+    needed = f', scope="{scope}"' if scope else ""  # RFC 6750 §3.1 has no empty one
+    return error(403, headers={"WWW-Authenticate": f'{BEARER}, error="insufficient_scope"{needed}'})
 
 
 def refused(reason: str, **found: str) -> None:

@@ -15,7 +15,7 @@ from pythonjsonlogger.json import JsonFormatter
 log = logging.getLogger("sessions")
 
 # A caller can cause as many of these as it sends requests, and none of them changes a session.
-LIMITED = frozenset(["limit_reached", "session_not_found", "sessions_not_found", "token_refused"])
+LIMITED = frozenset(["limit_reached", "session_not_found", "sessions_not_found", "scope_refused", "token_refused"])
 
 
 class LineLimiter:
@@ -59,16 +59,18 @@ def allowed(event: str, reason: str = "") -> bool:
 
 
 def emit(event: str, *, subject: str | None = None, session: str | None = None, **fields: object) -> None:
-    """Log an event and its subject, by default the request's. Subjects and session ids appear only as keyed hashes.
+    """Log an event and its subject, by default the request's, and the actor where that is another.
 
+    Subjects and session ids appear only as keyed hashes.
     The request's id goes into the line and, as `X-Request-Id`, into the answer. Where the line is dropped, neither.
     A command has none.
     """
     changes_nothing = event in LIMITED or fields.get("number") == 0
     if changes_nothing and not allowed(event, str(fields.get("reason", ""))):
         return
-    known = {"subject": subject or g.get("subject"), "session": session}
-    hashes = {name: pseudonym(value) for name, value in known.items() if value is not None}
+    caller = g.get("caller")
+    known = {"actor": caller and caller.actor, "subject": subject or (caller and caller.subject), "session": session}
+    hashes = {name: pseudonym(value) for name, value in known.items() if value}
     ours = {"request_id": request_id()} if has_request_context() else {}
     log.info(event, extra={**ours, **hashes, **fields})
 

@@ -84,7 +84,7 @@ def heartbeat(id: str) -> Response:
     A body is ignored.
     """
     drain_body()
-    renewal = store().heartbeat(g.subject, well_formed(id))
+    renewal = store().heartbeat(g.caller.subject, well_formed(id))
     return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
 
@@ -98,7 +98,7 @@ def heartbeat_many() -> dict[str, Any]:
     ids = load_body(HeartbeatManySchema())["ids"]
     possible = list(filter(WELL_FORMED.fullmatch, ids))
     try:
-        renewals = dict(zip(possible, store().heartbeat_many(g.subject, possible)))
+        renewals = dict(zip(possible, store().heartbeat_many(g.caller.subject, possible)))
     except StoreUnavailable:
         counted().heartbeats("failed", len(ids))
         raise
@@ -116,7 +116,7 @@ def heartbeat_many() -> dict[str, Any]:
 def list_sessions() -> dict[str, Any]:
     """List the caller's live sessions, the most recently active first."""
     sessions, schema = [], SessionSchema()
-    for number, session in enumerate(store().list(g.subject), 1):
+    for number, session in enumerate(store().list(g.caller.subject), 1):
         sessions.append(schema.dump(session))
         if number % CHUNK == 0:
             give_way()
@@ -129,10 +129,10 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     """Open a session.
 
     The body and all of its fields are optional. Without `idleTimeoutSeconds` the session gets the service's own idle
-    timeout. The address is the one that the request comes from.
+    timeout. The address is the one that the request comes from, unless another than the subject sends it.
     """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
-    session = store().open(g.subject, ip_address=peer_address(), **options)
+    session = store().open(g.caller.subject, ip_address=None if g.caller.actor else peer_address(), **options)
     counted().opened()
     emit("session_opened", session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
@@ -145,7 +145,7 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
 @requires_token
 def get_session(id: str) -> dict[str, Any]:
     """Read a session without extending it."""
-    return {"success": True, "session": SessionSchema().dump(store().get(g.subject, well_formed(id)))}
+    return {"success": True, "session": SessionSchema().dump(store().get(g.caller.subject, well_formed(id)))}
 
 
 @bp.post("/<session_id:id>/revoke")
@@ -156,19 +156,20 @@ def revoke(id: str) -> dict[str, Any]:
     No heartbeat brings it back. A body is ignored.
     """
     drain_body()
-    end_sessions(g.subject, id)
+    end_sessions(g.caller.subject, id)
     return {"success": True, "message": "Session revoked successfully"}
 
 
 @bp.post("/revoke-all")
 @requires_token
-def revoke_all() -> dict[str, Any]:
+def revoke_all() -> tuple[dict[str, Any], int, dict[str, str]]:
     """End all of the caller's sessions, or all but one.
 
     The body is optional; `exceptSessionId` names the session to spare.
     """
-    end_sessions(g.subject, **load_body(RevokeAllSchema()))
-    return {"success": True, "message": "All sessions revoked successfully"}
+    number = end_sessions(g.caller.subject, **load_body(RevokeAllSchema()))
+    body = {"success": True, "message": "All sessions revoked successfully"}
+    return body, 200, {"Sessions-Revoked": str(number)}
 
 
 def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:

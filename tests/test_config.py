@@ -38,6 +38,7 @@ DEFAULTS = {
     "jwt_audience": (),
     "jwt_jwks_http": False,
     "jwt_jwks_ca_certs": None,
+    "jwt_admin_scope": None,
     "jwt_leeway_seconds": 30,
     "jwt_subject_claim": "sub",
     "session_idle_seconds": 1800,
@@ -129,6 +130,10 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
             "https://[::1",
             "https://user@app.example.com",
         )
+    ]
+    + [
+        bad_value("JWT_ADMIN_SCOPE", value, "must be one scope: printable ASCII without space, quote and backslash")
+        for value in ("two words", "a,\x7f", 'a"b', "a\\b", "\u00e9", "a\nb")
     ]
     + [bad_value("JWT_ALGORITHMS", "none", "none cannot be used with JWT_SECRET")],
 )
@@ -250,6 +255,7 @@ def test_not_utf8(variable: str) -> None:
 
 
 HTTP_RULE = "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
+ADMIN_RULE = "JWT_ADMIN_SCOPE: needs JWT_ISSUER and JWT_AUDIENCE, unless tokens are signed with JWT_SECRET"
 JWKS_CA_RULE = "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWKS_URL only"
 
 
@@ -320,6 +326,14 @@ JWKS_CA_RULE = "JWT_JWKS_CA_CERTS: is of use with an https:// address in JWT_JWK
         ),
         ({"JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),
         ({"JWT_JWKS_URL": "http://localhost/jwks", "JWT_JWKS_CA_CERTS": CERTIFICATE}, JWKS_CA_RULE),
+        (
+            {"JWT_PUBLIC_KEY": RSA_PEM, "JWT_ADMIN_SCOPE": "admin", "JWT_ISSUER": "me"},
+            ADMIN_RULE,
+        ),
+        (
+            {"JWT_JWKS_URL": "https://issuer.example", "JWT_ADMIN_SCOPE": "admin", "JWT_AUDIENCE": "us"},
+            ADMIN_RULE,
+        ),
         (
             {"SESSION_IDLE_SECONDS": "100000"},
             "SESSION_IDLE_SECONDS=100000: must not be more than SESSION_IDLE_MAX_SECONDS=86400",

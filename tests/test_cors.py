@@ -79,7 +79,9 @@ def test_exposed(open_app: Flask) -> None:
     alice.headers["Origin"] = FRIEND
     response = alice.heartbeat(alice.open())
     assert response.headers["Access-Control-Allow-Origin"] == FRIEND
-    assert {"Session-Expires-In", "Retry-After"} <= set(response.headers["Access-Control-Expose-Headers"].split(", "))
+    assert {"Session-Expires-In", "Retry-After", "Sessions-Revoked"} <= set(
+        response.headers["Access-Control-Expose-Headers"].split(", ")
+    )
 
 
 def test_errors(http: FlaskClient) -> None:

@@ -17,9 +17,10 @@ from tests.servers import RedisServer, gunicorn
 
 pytest_plugins = ["schemathesis.pytest.plugin"]  # setup.cfg keeps it from every other start
 
+ADMIN = "sessions:admin"
 CONFIG = SchemathesisConfig.from_dict(
     {
-        "auth": {"openapi": {"bearer": {"bearer": token()}}},
+        "auth": {"openapi": {"bearer": {"bearer": token(scope=ADMIN)}}},
         # The same requests every time, so that a change is to blame for a failure; nothing is left behind on disk.
         "generation": {"max-examples": 25, "deterministic": True, "database": "none"},
         # In sequences a session ends with POST /sessions/{id}/revoke, and this check knows of no end but DELETE.
@@ -28,7 +29,7 @@ CONFIG = SchemathesisConfig.from_dict(
 )
 REDIS = fakeredis.FakeRedis(server=fakeredis.FakeServer(server_type="redis"), decode_responses=True)
 # The longest idle timeout that can be configured, since the document names no shorter one.
-SETTINGS = {"session_limit": 1000, "session_idle_max_seconds": LONGEST_SECONDS}
+SETTINGS = {"jwt_admin_scope": ADMIN, "session_limit": 1000, "session_idle_max_seconds": LONGEST_SECONDS}
 APP = create_app(Config(redis_url="memory://", jwt_secret=(SECRET,), web_concurrency=1, **SETTINGS), OnePrimary(REDIS))
 
 in_process = schemathesis.openapi.from_wsgi("/openapi.json", APP, config=CONFIG)

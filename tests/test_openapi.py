@@ -327,7 +327,7 @@ def answers(
     make_app: Callable[..., Flask], database: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], Iterator[TestResponse]]:
     """All kinds of answers that an endpoint gives."""
-    app = make_app(session_limit=2)
+    app = make_app(session_limit=2, jwt_admin_scope="sessions:admin")
     others = [make_app(metrics_token=token).test_client() for token in ("0123456789abcdef", "off")]
     alice, server = Caller(app), database.connection_pool.connection_kwargs["server"]
 
@@ -344,6 +344,9 @@ def answers(
             yield send(**options)
         yield send(headers={})
         yield send(headers=Caller(app, exp=1).headers)
+        if path.startswith("/sessions"):
+            yield send(query_string="subject=bob")
+            yield send(query_string="subject", headers=Caller(app, scope="sessions:admin").headers)
         server.connected = False
         yield send(json={"ids": [MISSING]} if path == "/sessions/heartbeat" else None)
         server.connected = True

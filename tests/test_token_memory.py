@@ -115,7 +115,7 @@ def test_each_its_own(verifier: TokenVerifier, keys: KeyRing) -> None:
     """Tokens of several subjects, and several of one subject, are remembered apart."""
     tokens = {token(subject, jti=jti): subject for subject in ("alice", "bob") for jti in ("1", "2")}
     for _ in range(3):
-        assert {each: verifier.verify(each) for each in tokens} == tokens
+        assert {each: verifier.verify(each).subject for each in tokens} == tokens
     assert keys.verifications == 4
 
 
@@ -123,11 +123,11 @@ def test_each_its_own(verifier: TokenVerifier, keys: KeyRing) -> None:
 def test_near_miss(verifier: TokenVerifier, forged: str) -> None:
     """A token that differs from a remembered one in any part is refused."""
     alices, bobs = token("alice"), token("bob", OTHER_SECRET, jti="1")
-    assert verifier.verify(alices) == "alice"
+    assert verifier.verify(alices).subject == "alice"
     parts = dict(zip(("header", "claims", "signature"), alices.split(".")))
     parts[forged] = {"header": "e30"}.get(forged) or bobs.split(".")[1 if forged == "claims" else 2]
     assert refused(verifier, ".".join(parts.values()))
-    assert verifier.verify(alices) == "alice"
+    assert verifier.verify(alices).subject == "alice"
 
 
 def test_keys_change(verifier: TokenVerifier, keys: KeyRing) -> None:
@@ -135,12 +135,12 @@ def test_keys_change(verifier: TokenVerifier, keys: KeyRing) -> None:
     staying, leaving = token("alice"), token("bob", OTHER_SECRET)
     keys.change(SECRET, OTHER_SECRET)
     for _ in range(2):
-        assert (verifier.verify(staying), verifier.verify(leaving)) == ("alice", "bob")
+        assert (verifier.verify(staying).subject, verifier.verify(leaving).subject) == ("alice", "bob")
     keys.change(SECRET)
     keys.verifications = 0
     assert refused(verifier, leaving)
     for _ in range(2):
-        assert verifier.verify(staying) == "alice"
+        assert verifier.verify(staying).subject == "alice"
     assert keys.verifications == 2
 
 
@@ -148,7 +148,7 @@ def test_keys_change_while_verifying(verifier: TokenVerifier, keys: KeyRing) -> 
     """What was verified with keys that changed meanwhile is not remembered."""
     mine = token()
     keys.asked = lambda: keys.change(OTHER_SECRET)
-    assert verifier.verify(mine) == "alice"
+    assert verifier.verify(mine).subject == "alice"
     assert refused(verifier, mine)
 
 
@@ -159,12 +159,12 @@ def test_keys_change_while_others_verify(verifier: TokenVerifier, keys: KeyRing)
     def change() -> None:
         keys.asked = lambda: None
         keys.change(OTHER_SECRET)
-        assert verifier.verify(others) == "bob"
+        assert verifier.verify(others).subject == "bob"
 
     keys.asked = change
-    assert verifier.verify(mine) == "alice"
+    assert verifier.verify(mine).subject == "alice"
     assert refused(verifier, mine)
-    assert verifier.verify(others) == "bob"
+    assert verifier.verify(others).subject == "bob"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_key_comes_later(verifier: TokenVerifier, keys: KeyRing) -> None:
     early = token("bob", OTHER_SECRET)
     assert refused(verifier, early)
     keys.change(SECRET, OTHER_SECRET)
-    assert verifier.verify(early) == "bob"
+    assert verifier.verify(early).subject == "bob"
 
 
 def remembered_bytes(verifier: TokenVerifier, tokens: Iterator[str]) -> int:
@@ -224,10 +224,10 @@ def test_in_use_longest(monkeypatch: pytest.MonkeyPatch, config: Config, keys: K
     monkeypatch.setattr(auth, "REMEMBERED_BYTES", 8_000)
     verifier, in_use = TokenVerifier(config, keys), token("in use")
     for number in range(50):
-        assert verifier.verify(in_use) == "in use"
-        assert verifier.verify(token(number)) == str(number)
+        assert verifier.verify(in_use).subject == "in use"
+        assert verifier.verify(token(number)).subject == str(number)
     assert keys.verifications == 1 + 50
-    assert verifier.verify(token(0)) == "0"
+    assert verifier.verify(token(0)).subject == "0"
     assert keys.verifications == 1 + 51
 
 
@@ -250,7 +250,7 @@ def test_many_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, keys: Key
 
     def verify_all(number: int) -> bool:
         keys.change(SECRET)
-        return all(verifier.verify(each) == subject for each, subject in tokens.items())
+        return all(verifier.verify(each).subject == subject for each, subject in tokens.items())
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(verify_all, range(200), timeout=20)) == [True] * 200
