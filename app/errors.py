@@ -17,17 +17,7 @@ from app.store import SessionNotFound, StoreUnavailable, TooManySessions
 
 log = logging.getLogger(__name__)
 
-# What the published API says when an endpoint fails through no fault of the caller's.
-FAILED = {
-    "sessions.heartbeat": "Failed to update session",
-    "sessions.heartbeat_many": "Failed to update sessions",
-    "sessions.list_sessions": "Failed to retrieve sessions",
-    "sessions.open_session": "Failed to open session",
-    "sessions.get_session": "Failed to retrieve session",
-    "sessions.revoke": "Failed to revoke session",
-    "sessions.revoke_all": "Failed to revoke all sessions",
-}
-SENTENCES = {
+MESSAGES = {
     400: "Malformed request",
     403: "Insufficient scope",
     404: "Not found",
@@ -66,27 +56,31 @@ def register(app: Flask) -> None:
 
 
 def error(status: int, /, sentence: str | None = None, headers: dict[str, str] | None = None, **more: Any) -> Response:
-    response = jsonify(success=False, error=sentence or SENTENCES[status], **more)
+    response = jsonify(success=False, error=sentence or MESSAGES[status], **more)
     response.status_code = status
     response.headers.update(headers or {})
     return response
 
 
 def retry_after(seconds: int) -> dict[str, str]:
-    """Up to twice as many seconds, drawn by lot, so that a fleet does not come back all at once (RFC 9110 §10.2.3)."""
+    """Up to twice as many seconds, at random, so that a fleet does not come back all at once (RFC 9110 §10.2.3)."""
     return {"Retry-After": str(random.randint(seconds, 2 * seconds))}
 
 
 def failed() -> Response:
-    sentence = FAILED.get(request.endpoint or "", "Internal server error")
-    return error(500, sentence, retry_after(1))
+    return error(500, said_by_view("failed", "Internal server error"), retry_after(1))
+
+
+def said_by_view(kind: str, otherwise: str) -> str:
+    """The sentence that stands with the route of the request, if it has one."""
+    return getattr(current_app.view_functions.get(request.endpoint or ""), kind, otherwise)
 
 
 def http_error(e: HTTPException) -> Response:
     """Keep the headers that the framework has chosen, such as Allow; nothing of its HTML."""
     status = e.code or 500
     headers = {k: v for k, v in e.get_headers() if k != "Content-Type"}
-    return error(status, SENTENCES.get(status, e.name), headers)
+    return error(status, MESSAGES.get(status, e.name), headers)
 
 
 def token_missing(e: TokenMissing) -> Response:
@@ -116,8 +110,7 @@ def refused(reason: str, **found: str) -> None:
 
 def session_not_found(e: SessionNotFound) -> Response:
     emit("session_not_found", session=(request.view_args or {})["id"], endpoint=request.endpoint)
-    sentence = "Session not found"
-    return error(404, sentence + " or expired" if request.endpoint == "sessions.heartbeat" else sentence)
+    return error(404, said_by_view("not_found", MESSAGES[404]))
 
 
 def too_many_sessions(e: TooManySessions) -> Response:

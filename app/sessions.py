@@ -1,6 +1,7 @@
 """The blueprint: every endpoint under /sessions."""
 
 import re
+from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
 
@@ -24,6 +25,8 @@ from app.store import CHUNK, Renewal, SessionNotFound, SessionStore, StoreUnavai
 
 # As some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
 WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")
+
+ENDED = "Session not found or expired"  # at this a device opens a new session
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 WELL_FORMED = re.compile(SESSION_ID)
@@ -75,8 +78,23 @@ def end_sessions(subject: str, id: str | None = None, *, except_id: str | None =
     return number
 
 
-@bp.post("/<session_id:id>/heartbeat")
-@requires_token
+def endpoint(
+    method: str, rule: str, *, failed: str, not_found: str = "Session not found"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a view that needs a token, with what the published API says where it fails or finds no session."""
+
+    def register(view: Callable[..., Any]) -> Callable[..., Any]:
+        guarded: Any = requires_token(view)
+        guarded.failed, guarded.not_found = failed, not_found
+        bp.add_url_rule(rule, view_func=guarded, methods=[method])
+        return view
+
+    return register
+
+
+@endpoint(
+    "POST", "/<session_id:id>/heartbeat", failed="Failed to update session", not_found="Session not found or expired"
+)
 def heartbeat(id: str) -> Response:
     """Keep a session alive.
 
@@ -88,8 +106,7 @@ def heartbeat(id: str) -> Response:
     return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
 
-@bp.post("/heartbeat")
-@requires_token
+@endpoint("POST", "/heartbeat", failed="Failed to update sessions")
 def heartbeat_many() -> dict[str, Any]:
     """Keep many sessions alive.
 
@@ -111,8 +128,7 @@ def heartbeat_many() -> dict[str, Any]:
     return {"success": True, "message": "Sessions updated successfully", "results": results}
 
 
-@bp.get("")
-@requires_token
+@endpoint("GET", "", failed="Failed to retrieve sessions")
 def list_sessions() -> dict[str, Any]:
     """List the caller's live sessions, the most recently active first."""
     sessions, schema = [], SessionSchema()
@@ -123,8 +139,7 @@ def list_sessions() -> dict[str, Any]:
     return {"success": True, "sessions": sessions}
 
 
-@bp.post("")
-@requires_token
+@endpoint("POST", "", failed="Failed to open session")
 def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     """Open a session.
 
@@ -141,15 +156,13 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     return body, 201, {"Location": location, "Session-Expires-In": str(seconds)}
 
 
-@bp.get("/<session_id:id>")
-@requires_token
+@endpoint("GET", "/<session_id:id>", failed="Failed to retrieve session")
 def get_session(id: str) -> dict[str, Any]:
     """Read a session without extending it."""
     return {"success": True, "session": SessionSchema().dump(store().get(g.caller.subject, well_formed(id)))}
 
 
-@bp.post("/<session_id:id>/revoke")
-@requires_token
+@endpoint("POST", "/<session_id:id>/revoke", failed="Failed to revoke session")
 def revoke(id: str) -> dict[str, Any]:
     """End a session.
 
@@ -160,8 +173,7 @@ def revoke(id: str) -> dict[str, Any]:
     return {"success": True, "message": "Session revoked successfully"}
 
 
-@bp.post("/revoke-all")
-@requires_token
+@endpoint("POST", "/revoke-all", failed="Failed to revoke all sessions")
 def revoke_all() -> tuple[dict[str, Any], int, dict[str, str]]:
     """End all of the caller's sessions, or all but one.
 
@@ -175,7 +187,7 @@ def revoke_all() -> tuple[dict[str, Any], int, dict[str, str]]:
 def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:
     """One of many: like the answer to a single heartbeat, with the id."""
     if renewal is None:
-        return {"id": id, "success": False, "error": "Session not found or expired"}
+        return {"id": id, "success": False, "error": ENDED}
     return {"id": id, "success": True, "newExpiry": rfc3339(renewal.expires_at_ms)}
 
 
