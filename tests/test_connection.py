@@ -20,7 +20,7 @@ from app.config import Config
 from app.doctor import examine_redis
 from app.store.connect import POOL_SIZE, Cluster, OnePrimary, connect
 from tests.conftest import SECRET, Caller, Log
-from tests.servers import free_port, required, running, until
+from tests.servers import RedisServer, free_port, required, running, until
 
 
 def config(url: str, **settings: object) -> Config:
@@ -338,6 +338,27 @@ def test_sentinels_are_asked_in_the_background(sentinel_url: str) -> None:
             client.ping()
         assert questions() - before < 20 + 10 * (time.monotonic() - began)
     client.connection_pool.disconnect()
+
+
+def test_primary_replaced(primary: redis.Redis, tmp_path: Path, folder: Path) -> None:
+    """Where sentinels name another primary no connection stays with the old one, whether idle or in use by then."""
+    port = free_port()
+    with sentinel_of(primary, tmp_path) as url, RedisServer(folder, "--port", str(port)) as other:
+        other.client.config_set("requirepass", "p@ss")
+        [client] = connect(config(url.replace("://", "://:p%40ss@"))).clients()
+        pool = client.connection_pool
+        used, idle = pool.get_connection(), pool.get_connection()
+        pool.release(idle)
+        with redis.Redis(port=port_in(url)) as sentinel:
+            sentinel.sentinel_remove("main")
+            sentinel.sentinel_monitor("main", "127.0.0.1", port, 1)
+        until(lambda: client.info("server")["tcp_port"] == port)
+        pool.release(used)
+        several = [pool.get_connection() for _ in range(3)]
+        assert {connection.port for connection in several} == {port}
+        for connection in several:
+            pool.release(connection)
+        pool.disconnect()
 
 
 class Interrupted(BaseException):
