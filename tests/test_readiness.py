@@ -196,11 +196,12 @@ def grant(client: redis.Redis, rights: str, *more: str) -> None:
     ids=["plain", "another database", "replicas"],
 )
 def test_rights(port: int, rights: str, place: str, settings: dict[str, object]) -> None:
-    """The rights in the guide are enough for every endpoint, and one less is not."""
+    """The rights in the guide are enough for every endpoint, none is refused, and one less is not enough."""
     with redis.Redis(port=port, decode_responses=True) as client:
         with serving(f"redis://sessions:PASSWORD@127.0.0.1:{port}{place}", session_limit=2, **settings) as app:
             grant(client, rights)
             until(lambda: works(app, [client]))  # a replica may need a moment
+            assert client.acl_log() == []
             superfluous = []
             for command in commands(rights):
                 grant(client, rights, f"-{command[1:]}")
@@ -237,6 +238,7 @@ def test_rights_cluster(tmp_path: Path) -> None:
                 return works(app, nodes) and survives_move(app, nodes)
 
         assert works_in_cluster()
+        assert [node.acl_log() for node in nodes] == [[], []]
         assert [command for command in commands(CLUSTER) if works_in_cluster(f"-{command[1:]}")] == []
 
 

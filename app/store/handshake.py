@@ -13,14 +13,15 @@ def set_up(connection: AbstractConnection) -> None:
 
 
 def read_reply(connection: AbstractConnection) -> None:
-    """Read the reply to a first command, for which no right is needed.
+    """Read the reply to a first command, for which no right is needed, unless that to AUTH has been read.
 
     A server that takes no more clients, or none from here, says so instead. Unread it would become redis-py's
     "Connection not ready", and so would TLS session tickets.
     """
-    connection.send_command("PING")
-    with suppress(NoPermissionError):
-        connection.read_response()
+    if not connection.password:
+        connection.send_command("PING")
+        with suppress(NoPermissionError):
+            connection.read_response()
 
 
 def set_up_sentinel(connection: AbstractConnection, credentials: tuple[str, ...]) -> None:
@@ -31,6 +32,7 @@ def set_up_sentinel(connection: AbstractConnection, credentials: tuple[str, ...]
         connection.send_command("AUTH", *credentials)
         try:
             connection.read_response(disconnect_on_error=False)
+            return
         except (AuthenticationError, ResponseError) as error:
             refusal = error
     try:
