@@ -21,14 +21,14 @@ UNSET = {
     "jwt_audience": "JWT_AUDIENCE is not set: tokens that were issued for other services are taken, too",
     "trusted_proxies": "TRUSTED_PROXIES is 0: behind a proxy every session would have the proxy's address",
 }
-# What is behind the errors of a first attempt: a part of the error's text, and what to do.
+# What is behind the errors of a first attempt: a part of the error's text, and what to do. The first that fits is told.
+# What servers say comes before time-outs: of several sentinels one may say what is wrong and another nothing.
 HINTS = {
     "self[- ]signed|unable to get (local )?issuer": "set REDIS_CA_CERTS to its authority, or REDIS_TLS_VERIFY=off",
     "mismatch|doesn't match": "its certificate is for another host: name that one in REDIS_URL",
     "certificate has expired": "its certificate has to be renewed",
     "wrong.version.number|record layer": "it does not speak TLS on this port: redis:// instead of rediss://",
     "closed by server|reset by peer": "if it speaks TLS on this port: rediss:// instead of redis://",
-    "Timeout": "a firewall may be in the way, or only one of the two speaks TLS",
     "to run the": "give the user the rights that docs/operate.md lists",
     "access one of the keys": "give the user the keys ~session*",
     "invalid (username|password)|WRONGPASS": "user or password in REDIS_URL are wrong",
@@ -41,6 +41,7 @@ HINTS = {
     "Name or service|name resolution|nodename|No address": "no such host: look at REDIS_URL",
     "refused": "nothing listens there: look at host and port in REDIS_URL",
     "max number of clients": "raise maxclients, or lower WEB_CONCURRENCY",
+    "Timeout": "a firewall may be in the way, or only one of the two speaks TLS",
 }
 
 

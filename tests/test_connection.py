@@ -1,6 +1,7 @@
 """Sentinel and Cluster, one node of each: the ways there. What happens when they fail is in faults/."""
 
 import signal
+import socket
 import socketserver
 import subprocess
 import threading
@@ -161,6 +162,16 @@ def test_sentinel_refuses(primary: redis.Redis, tmp_path: Path, log: Log, passwo
         [line] = log.take()
         assert (line["event"], line["reason"]) == ("redis_unavailable", f"MasterNotFoundError: {sentence}")
         assert any(sentence in finding.text for finding in examine_redis(app))
+
+
+def test_sentinel_refuses_and_another_is_silent(primary: redis.Redis, tmp_path: Path) -> None:
+    """Where one sentinel says what is wrong and another nothing at all, the doctor's hint is about what is wrong."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with sentinel_of(primary, tmp_path, "requirepass other", password="other") as url:
+            app = create_app(config(url.replace("://", f"://127.0.0.1:{silent.getsockname()[1]},")))
+            time.sleep(0.6)  # a sentinel's time-out
+            [finding] = examine_redis(app)
+    assert "Timeout" in finding.text and finding.text.endswith("(REDIS_URL needs a password: redis://:password@host)")
 
 
 def test_sentinel_knows_better(primary: redis.Redis, tmp_path: Path) -> None:
