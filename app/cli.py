@@ -100,11 +100,14 @@ def list_sessions(subject: str, as_json: bool) -> None:
 @sessions.command()
 @click.argument("subject")
 @click.option("--id", help="Only this session.")
-def revoke(subject: str, id: str | None) -> None:
+@click.option("--refuse-earlier-tokens", is_flag=True, help="Let no token that was issued until now open a new one.")
+def revoke(subject: str, id: str | None, refuse_earlier_tokens: bool) -> None:
     """End SUBJECT's sessions, or one of them. The line that the service would log goes to stderr."""
+    if id is not None and refuse_earlier_tokens:
+        raise click.UsageError("--id and --refuse-earlier-tokens do not go together")
     try:
         with events.logged_to(sys.stderr):
-            click.echo(f"{end_sessions(subject, id)} revoked")
+            click.echo(f"{end_sessions(subject, id, refuse_earlier_tokens=refuse_earlier_tokens)} revoked")
     except SessionNotFound:
         raise click.ClickException("there is no such session") from None
 

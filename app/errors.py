@@ -13,7 +13,7 @@ from app.auth import InsufficientScope, TokenInvalid, TokenMissing
 from app.events import allowed, emit, request_id
 from app.keys import KeysUnavailable
 from app.sessions import counted, peer_address
-from app.store import SessionNotFound, StoreUnavailable, TooManySessions
+from app.store import SessionNotFound, SignedOut, StoreUnavailable, TooManySessions
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ TOKEN_DESCRIPTIONS = {
     "expired": "The token has expired",
     "signature": "The token is not signed with a known key",
     "subject": "The subject is not valid",
+    "signed_out": "The token was issued before the sign-out",
 }
 LONGEST_RETRY = 3600  # seconds; a session can end before its time
 BEARER = 'Bearer realm="sessions"'
@@ -49,6 +50,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(ValidationError, lambda e: error(422, details=e.normalized_messages()))
     app.register_error_handler(TokenMissing, token_missing)
     app.register_error_handler(TokenInvalid, token_invalid)
+    app.register_error_handler(SignedOut, lambda _: token_invalid(TokenInvalid("signed_out")))
     app.register_error_handler(InsufficientScope, insufficient_scope)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
     app.register_error_handler(StoreUnavailable, lambda _: failed())

@@ -65,7 +65,7 @@ def emit(event: str, *, subject: str | None = None, session: str | None = None, 
     The request's id goes into the line and, as `X-Request-Id`, into the answer. Where the line is dropped, neither.
     A command has none.
     """
-    changes_nothing = event in LIMITED or fields.get("number") == 0
+    changes_nothing = event in LIMITED or fields == {"number": 0}
     if changes_nothing and not allowed(event, str(fields.get("reason", ""))):
         return
     caller = g.get("caller")

@@ -24,6 +24,7 @@ REFUSALS = (
     "audience",
     "claim",
     "subject",
+    "signed_out",
     "scope",
 )
 

@@ -85,7 +85,17 @@ class HeartbeatManySchema(Schema):
     ids = Ids(required=True)
 
 
+class Switch(fields.Boolean):
+    """JSON's true or false, and nothing that only reads like one."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
 class RevokeAllSchema(Schema):
-    """Which session to spare, if any."""
+    """Which session to spare, if any, and whether tokens from before are to open no new one."""
 
     except_id = fields.String(data_key="exceptSessionId", validate=validate.Regexp(SESSION_ID + r"\Z"))
+    refuse_earlier_tokens = Switch(data_key="refuseEarlierTokens")

@@ -55,14 +55,19 @@ def well_formed(id: str) -> str:
     return id
 
 
-def end_sessions(subject: str, id: str | None = None, *, except_id: str | None = None) -> int:
+def end_sessions(
+    subject: str, id: str | None = None, *, except_id: str | None = None, refuse_earlier_tokens: bool = False
+) -> int:
     """End one session of a subject, or all but one, or all; log and count it. Gives the number of those ended.
+
+    With `refuse_earlier_tokens` those who hold a token from before cannot open a new one; not for one session alone.
 
     Raises SessionNotFound where that one is not there, and StoreUnavailable: then it may have been ended all the same.
     """
     try:
         if id is None:
-            number = store().revoke_all(subject, except_id=except_id)
+            end = store().sign_out if refuse_earlier_tokens else store().revoke_all
+            number = end(subject, except_id=except_id)
         else:
             store().revoke(subject, well_formed(id))
             number = 1
@@ -72,7 +77,8 @@ def end_sessions(subject: str, id: str | None = None, *, except_id: str | None =
         raise
     counted().revoked(number)
     if id is None:
-        emit("sessions_revoked", subject=subject, number=number)
+        kept_out: dict[str, Any] = {"refuse_earlier_tokens": True} if refuse_earlier_tokens else {}
+        emit("sessions_revoked", subject=subject, number=number, **kept_out)
     else:
         emit("session_revoked", subject=subject, session=id)
     return number
@@ -147,7 +153,8 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     timeout. The address is the one that the request comes from, unless another than the subject sends it.
     """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
-    session = store().open(g.caller.subject, ip_address=None if g.caller.actor else peer_address(), **options)
+    caller, address = g.caller, None if g.caller.actor else peer_address()
+    session = store().open(caller.subject, issued_at=caller.issued_at, ip_address=address, **options)
     counted().opened()
     emit("session_opened", session=session.id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
@@ -177,7 +184,8 @@ def revoke(id: str) -> dict[str, Any]:
 def revoke_all() -> tuple[dict[str, Any], int, dict[str, str]]:
     """End all of the caller's sessions, or all but one.
 
-    The body is optional; `exceptSessionId` names the session to spare.
+    The body is optional; `exceptSessionId` names the session to spare, and with `refuseEarlierTokens` those who were
+    signed out cannot open new ones with the tokens that they hold.
     """
     number = end_sessions(g.caller.subject, **load_body(RevokeAllSchema()))
     body = {"success": True, "message": "All sessions revoked successfully"}

@@ -2,7 +2,7 @@
 
 const SHORTEST = 0.2, LONGEST = 86400; // seconds between two requests, whatever the answers say
 const FIRST_BACKOFF = 0.5, LAST_BACKOFF = 30;
-const ENDED = "Session not found or expired";
+const ENDED = "Session not found or expired", SIGNED_OUT = "The token was issued before the sign-out";
 const FINAL = [400, 404, 405, 413, 415, 422, 431]; // what the service refuses with these it will refuse again
 const between = (low, high) => low + Math.random() * (high - low);
 const isNumber = (text) => /^\d+$/.test(text);
@@ -44,6 +44,8 @@ export async function keepAlive(url, token, newToken, deviceName = "device") {
     } else if (status === 200 && id && isNumber(expiresIn)) {
       console.log(`renewed for ${expiresIn} s`);
       backoff = FIRST_BACKOFF, atOnce = true;
+    } else if (status === 401 && headers.get("WWW-Authenticate")?.includes(SIGNED_OUT)) {
+      return `stopped after 401: ${SIGNED_OUT}`; // the user has to sign in again
     } else if (sentence && FINAL.includes(status) && !over) {
       return `stopped after ${status}: ${sentence}`;
     } else {

@@ -12,7 +12,7 @@ import requests
 
 SHORTEST, LONGEST = 0.2, 86400.0  # seconds between two requests, whatever the answers say
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
-ENDED = "Session not found or expired"
+ENDED, SIGNED_OUT = "Session not found or expired", "The token was issued before the sign-out"
 FINAL = {400, 404, 405, 413, 415, 422, 431}  # what the service refuses with these it will refuse again
 
 
@@ -46,6 +46,8 @@ def keep_alive(url, token=None, new_token=None, device_name="device"):
         elif status == 200 and id and expires_in.isdecimal():
             print(f"renewed for {expires_in} s", flush=True)
             backoff, at_once = FIRST_BACKOFF, True
+        elif status == 401 and SIGNED_OUT in headers.get("WWW-Authenticate", ""):
+            return f"stopped after 401: {SIGNED_OUT}"  # the user has to sign in again
         elif sentence and status in FINAL and not over:
             return f"stopped after {status}: {sentence}"
         else:

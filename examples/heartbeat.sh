@@ -5,7 +5,7 @@ url=${SESSIONS_URL:?} token=${TOKEN:-} token_command=${TOKEN_COMMAND:-}
 [ -n "$token$token_command" ] || { echo "TOKEN or TOKEN_COMMAND is needed" >&2; exit 1; }
 shortest=200 longest=86400000 # ms between two requests, whatever the answers say
 first_backoff=500 last_backoff=30000
-ended='Session not found or expired'
+ended='Session not found or expired' signed_out='The token was issued before the sign-out'
 device=$(uname -n | tr -cd 'A-Za-z0-9._-' | cut -c 1-128)
 
 running='' answer=$(mktemp) || exit
@@ -64,6 +64,9 @@ while :; do
     elif [ "$status" = 200 ] && [ -n "$id" ] && [ -n "$expires_in" ]; then
         echo "renewed for $expires_in s"
         backoff=$first_backoff at_once=yes
+    elif [ "$status" = 401 ] && grep -qi "^www-authenticate:.*$signed_out" "$answer"; then
+        echo "stopped after 401: $signed_out" >&2 # the user has to sign in again
+        exit 1
     elif [ -n "$sentence" ] && is_final; then
         echo "stopped after $status: $sentence" >&2
         exit 1

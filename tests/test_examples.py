@@ -129,11 +129,12 @@ def url(server: RedisServer) -> Iterator[str]:
         yield f"{base}/sessions"
 
 
-def call(url: str, subject: str, action: str) -> int:
+def call(url: str, subject: str, action: str, body: bytes | None = None) -> int:
     """Call an endpoint as a subject; gives the status."""
     connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
     try:
-        connection.request("POST", f"/sessions/{action}", headers={"Authorization": f"Bearer {token(subject)}"})
+        headers = {"Authorization": f"Bearer {token(subject)}", "Content-Type": "application/json"}
+        connection.request("POST", f"/sessions/{action}", body, headers)
         return connection.getresponse().status
     finally:
         connection.close()
@@ -213,6 +214,22 @@ def test_revoked(start: Start, url: str) -> None:
         each.wait_for("renewed for 3 s", seconds=2)
         assert len(set(each.ids)) == 2, each
         assert [line for line in each.lines if "waiting" in line] == [], each
+
+
+def test_signed_out(start: Start, server: RedisServer, url: str) -> None:
+    """When its subject has been signed out a loop ends with that sentence, and asks for no other token."""
+    loops = start(url)
+    for each in loops:
+        each.give_token(iat=int(time.time()) - 60)
+    for each in loops:
+        each.wait_for("renewed for 3 s")
+        assert call(url, each.name, "revoke-all", b'{"refuseEarlierTokens": true}') == 200
+    for each in loops:
+        each.wait_for("session over, opening a new one")
+        each.wait_for("stopped after 401: The token was issued before the sign-out")
+        assert each.process.wait(5) == 1, each
+        assert each.lines.count("new token") == 1, each
+    server.client.flushall()  # the other tests' tokens do not say when they were issued
 
 
 def test_token_expires(start: Start, url: str) -> None:

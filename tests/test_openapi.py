@@ -164,6 +164,7 @@ def test_request_bodies() -> None:
 TYPES: dict[type, dict[str, Any]] = {
     fields.String: {"type": "string"},
     fields.Integer: {"type": "integer"},
+    fields.Boolean: {"type": "boolean"},
     Instant: {"type": "string", "format": "date-time"},
     Ids: {"type": "array", "minItems": 1, "maxItems": MOST_IDS, "items": {"type": "string"}},
 }

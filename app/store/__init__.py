@@ -16,11 +16,21 @@ from app.deadline import give_way
 from app.store.connect import Servers
 from app.store.runner import Call, Observe, Runner, Script, StoreUnavailable, Unreadable
 
-__all__ = ["Renewal", "Session", "SessionNotFound", "SessionStore", "StoreUnavailable", "TooManySessions", "Unreadable"]
+__all__ = [
+    "Renewal",
+    "Session",
+    "SessionNotFound",
+    "SessionStore",
+    "SignedOut",
+    "StoreUnavailable",
+    "TooManySessions",
+    "Unreadable",
+]
 
 log = logging.getLogger(__name__)
 
 LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that RFC 3339 can write
+SIGNED_OUT_SECONDS = 30 * 86400  # that a sign-out is remembered at the least
 CHUNK = 50  # sessions of a long list that are worked on before a worker's other requests have their turn
 
 
@@ -34,6 +44,10 @@ class TooManySessions(Exception):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
+
+
+class SignedOut(Exception):
+    """The token is from before the instant at which its subject was signed out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +83,7 @@ def _renewals(reply: Sequence[Any]) -> list[Any]:
 
 OPEN, INDEX = Script("open"), Script("index")
 GET, HEARTBEAT = Script("get", per_key=list), Script("heartbeat", per_key=_renewals)
-REVOKE = Script("revoke", repeatable=False)
+REVOKE, SIGN_OUT = Script("revoke", repeatable=False), Script("sign_out", repeatable=False)
 PROBE = Script("probe")
 PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one
 
@@ -87,6 +101,7 @@ class SessionStore:
         subject: str,
         *,
         login_method: str,
+        issued_at: int | None = None,
         idle_timeout: int | None = None,
         device_name: str | None = None,
         ip_address: str | None = None,
@@ -94,7 +109,8 @@ class SessionStore:
     ) -> Session:
         """Start a session under a new id; `idle_timeout` is in seconds.
 
-        Raises TooManySessions at the limit.
+        `issued_at` says when the subject's token was issued, in seconds since the epoch; None where another one acts.
+        Raises TooManySessions at the limit, and SignedOut where the token is not from after the subject's sign-out.
         """
         id = secrets.token_urlsafe(24)
         idle_ms = (idle_timeout or self._config.session_idle_seconds) * 1000
@@ -102,9 +118,12 @@ class SessionStore:
         known = {"login": login_method, "device": device_name, "ip": ip_address, "location": location}
         fields = [part for name, value in known.items() if value is not None for part in (name, value)]
         prefix = session_key(subject, "")
-        args: list[str | int] = [id, prefix, self._config.session_limit, idle_ms, absolute_ms, *fields]
+        issued = "" if issued_at is None else issued_at
+        args: list[str | int] = [id, prefix, self._config.session_limit, idle_ms, absolute_ms, issued, *fields]
         try:
-            reply = self._runner.call(OPEN, [index_key(subject), prefix + id], args, durable=True)
+            reply = self._runner.call(
+                OPEN, [index_key(subject), prefix + id, signed_out_key(subject)], args, durable=True
+            )
         except Unreadable as error:
             self._log_unreadable(subject, None, error)
             raise
@@ -115,6 +134,8 @@ class SessionStore:
             raise
         if isinstance(reply, int):
             raise TooManySessions(reply / 1000)
+        if reply == "SIGNED_OUT":
+            raise SignedOut
         return self._session(subject, id, reply)
 
     def get(self, subject: str, id: str) -> Session:
@@ -179,6 +200,18 @@ class SessionStore:
         ids = [id for id in self._indexed(subject) if id != except_id]
         return sum(self._runner.calls(REVOKE, [_revocation(subject, id) for id in ids], durable=True))
 
+    def sign_out(self, subject: str, *, except_id: str | None = None) -> int:
+        """As `revoke_all`, and in the same step: from now on tokens that were issued earlier open no session."""
+        kept_ms = max(SIGNED_OUT_SECONDS, self._config.session_absolute_seconds) * 1000
+        keys = [index_key(subject), signed_out_key(subject)]
+        args: list[str | int] = [session_key(subject, ""), except_id or "", kept_ms]
+        try:
+            number: int = self._runner.call(SIGN_OUT, keys, args, durable=True)
+        except Unreadable as error:
+            self._log_unreadable(subject, None, error)
+            raise
+        return number
+
     def probe(self) -> None:
         """Find out whether Redis takes writes, in 1.5 seconds at most, with the rights that sessions need."""
         self._runner.probe(PROBE, PROBED)
@@ -222,6 +255,10 @@ def session_key(subject: str, id: str) -> str:
 
 def index_key(subject: str) -> str:
     return f"sessions:{{{owner(subject)}}}"
+
+
+def signed_out_key(subject: str) -> str:
+    return f"sessions-signed-out:{{{owner(subject)}}}"
 
 
 def _revocation(subject: str, id: str) -> Call:

@@ -1,21 +1,23 @@
--- Open a session unless its subject has as many live ones as it may.
+-- Open a session unless its subject has as many live ones as it may, or the token was issued before the sign-out.
 --
 -- KEYS[1]  sessions:{owner}
 -- KEYS[2]  session:{owner}:<id>
+-- KEYS[3]  sessions-signed-out:{owner}
 -- ARGV[1]  id
 -- ARGV[2]  prefix of the subject's session keys, session:{owner}:
 -- ARGV[3]  limit, sessions
 -- ARGV[4]  idle timeout, ms
 -- ARGV[5]  absolute timeout, ms
--- ARGV[6…] further fields of the hash: name, value, name, value …
+-- ARGV[6]  when the token was issued, whole seconds since the epoch; nothing where it is not one of the subject's
+-- ARGV[7…] further fields of the hash: name, value, name, value …
 -- Returns  {fields as a flat list of names and values, expiry in ms since the epoch}; at the limit the ms until the
---          first of the subject's sessions can expire
+--          first of the subject's sessions can expire; SIGNED_OUT where the token is from before the sign-out
 --
 -- The subject's other sessions are looked at by names made here, not in KEYS: they share the slot through {owner}.
 
-local index, session = KEYS[1], KEYS[2]
+local index, session, signed_out = KEYS[1], KEYS[2], KEYS[3]
 local id, prefix, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local idle_timeout, absolute_timeout = tonumber(ARGV[4]), tonumber(ARGV[5])
+local idle_timeout, absolute_timeout, issued_at = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 
 -- The same id comes twice only when the answer to the first call was lost on the way.
 local fields = redis.call("HGETALL", session)
@@ -26,6 +28,14 @@ end
 local time = redis.call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local absolute_end = now + absolute_timeout
+
+-- EXISTS first: a Redis user of before this key was thought of may have no right to GET.
+if issued_at and redis.call("EXISTS", signed_out) == 1 then
+  -- Tokens say whole seconds: one of the same second may be from before.
+  if issued_at <= math.floor(tonumber(redis.call("GET", signed_out)) / 1000) then
+    return "SIGNED_OUT"
+  end
+end
 
 -- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
 local dead = {}
@@ -55,7 +65,7 @@ for _, member in ipairs(dead) do
   redis.call("ZREM", index, member)
 end
 local latest = tonumber(redis.call("ZRANGE", index, -1, -1, "WITHSCORES")[2] or 0)
-redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 6))
+redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 7))
 redis.call("PEXPIREAT", session, expiry)
 redis.call("ZADD", index, absolute_end, id)
 redis.call("PEXPIREAT", index, math.max(latest, absolute_end))

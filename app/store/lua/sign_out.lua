@@ -1,0 +1,35 @@
+-- End a subject's sessions, and keep out those who hold a token from before: open.lua looks at the instant.
+--
+-- KEYS[1]  sessions:{owner}
+-- KEYS[2]  sessions-signed-out:{owner}
+-- ARGV[1]  prefix of the subject's session keys, session:{owner}:
+-- ARGV[2]  id of a session to spare, or nothing
+-- ARGV[3]  how long the instant is kept, ms
+-- Returns  the number of sessions that were alive
+--
+-- The sessions are named here, not in KEYS, so that no open slips between: they share the slot through {owner}.
+
+local index, signed_out = KEYS[1], KEYS[2]
+local prefix, spared, kept = ARGV[1], ARGV[2], tonumber(ARGV[3])
+
+-- No-op write: a full Redis refuses scripts that begin with a write which takes memory.
+redis.call("ZREM", index, "")
+
+local time = redis.call("TIME")
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- A clock that was set back lets no one in again.
+local instant = math.max(now, tonumber(redis.call("GET", signed_out) or 0))
+redis.call("SET", signed_out, instant, "PXAT", math.max(instant + kept, redis.call("PEXPIRETIME", signed_out)))
+
+local ended = 0
+for _, member in ipairs(redis.call("ZRANGE", index, 0, -1)) do
+  if member ~= spared then
+    ended = ended + redis.call("DEL", prefix .. member)
+    redis.call("ZREM", index, member)
+  end
+end
+local latest = redis.call("ZRANGE", index, -1, -1, "WITHSCORES")
+if latest[2] then
+  redis.call("PEXPIREAT", index, latest[2])
+end
+return ended
