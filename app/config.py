@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import load_der_x509_certificate, load_pem_x509_certificates
 from marshmallow import EXCLUDE, Schema, ValidationError
 from marshmallow.fields import Boolean, Field, Float, Function, Integer, String
-from marshmallow.validate import Length, Range, Regexp
+from marshmallow.validate import Length, OneOf, Range, Regexp
 
 VERSION = "1.0.0"  # as in setup.cfg, which is not there where only the app was copied
 # RFC 7518 §3.2: an HMAC key is at least as long as the hash it is used with.
@@ -213,6 +213,9 @@ class Config:
     session_idle_max_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 86400)
     session_absolute_seconds: int = setting(whole_number(1, LONGEST_SECONDS), 2592000)
     session_limit: int = setting(whole_number(1, 1000), 100)
+    session_limit_policy: str = setting(
+        String(validate=OneOf(["refuse", "replace"], error="must be refuse or replace")), "refuse"
+    )
     trusted_proxies: int = setting(whole_number(0, 16), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(METRICS_TOKEN, secret=True)

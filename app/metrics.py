@@ -48,6 +48,7 @@ class Metrics:
         self._heartbeats = {outcome: heartbeats.labels(outcome) for outcome in OUTCOMES.values()}
         self._opened = Counter("sessions_opened", "Sessions opened.", registry=registry)
         self._revoked = Counter("sessions_revoked", "Sessions revoked.", registry=registry)
+        self._replaced = Counter("sessions_replaced", "Sessions ended to make room for others.", registry=registry)
         self._limits = Counter("session_limits_reached", "Sessions not opened, at the limit.", registry=registry)
         self._refused = Counter("tokens_refused", "Tokens refused, by reason.", ["reason"], registry=registry)
         for reason in REFUSALS:
@@ -116,6 +117,10 @@ class Metrics:
     def revoked(self, number: int) -> None:
         """Count sessions that were revoked."""
         self._revoked.inc(number)
+
+    def replaced(self) -> None:
+        """Count a session that made room for another of its subject."""
+        self._replaced.inc()
 
     def limit_reached(self) -> None:
         """Count a session that was not opened, since its subject has too many."""

@@ -157,6 +157,9 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     session = store().open(caller.subject, issued_at=caller.issued_at, ip_address=address, **options)
     counted().opened()
     emit("session_opened", session=session.id)
+    if session.replaced_id:
+        counted().replaced()
+        emit("session_replaced", session=session.replaced_id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
     seconds = (session.expires_at_ms - session.last_activity_ms) // 1000
     location = url_for("sessions.get_session", id=session.id)

@@ -45,6 +45,7 @@ DEFAULTS = {
     "session_idle_max_seconds": 86400,
     "session_absolute_seconds": 2592000,
     "session_limit": 100,
+    "session_limit_policy": "refuse",
     "trusted_proxies": 0,
     "port": 8000,
     "web_concurrency": os.cpu_count(),
@@ -131,6 +132,7 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
             "https://user@app.example.com",
         )
     ]
+    + [bad_value("SESSION_LIMIT_POLICY", value, "must be refuse or replace") for value in ("evict", "Replace", "on")]
     + [
         bad_value("JWT_ADMIN_SCOPE", value, "must be one scope: printable ASCII without space, quote and backslash")
         for value in ("two words", "a,\x7f", 'a"b', "a\\b", "\u00e9", "a\nb")

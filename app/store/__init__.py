@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -52,7 +52,10 @@ class SignedOut(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A live session. Instants are integer milliseconds since the epoch, by Redis's clock."""
+    """A live session. Instants are integer milliseconds since the epoch, by Redis's clock.
+
+    `replaced_id` is told when it is opened: the id of the session that made room for it, if any did.
+    """
 
     id: str
     started_at_ms: int
@@ -62,6 +65,7 @@ class Session:
     device_name: str | None = None
     ip_address: str | None = None
     location: str | None = None
+    replaced_id: str | None = None
 
 
 class Renewal(NamedTuple):
@@ -119,7 +123,8 @@ class SessionStore:
         fields = [part for name, value in known.items() if value is not None for part in (name, value)]
         prefix = session_key(subject, "")
         issued = "" if issued_at is None else issued_at
-        args: list[str | int] = [id, prefix, self._config.session_limit, idle_ms, absolute_ms, issued, *fields]
+        limits = [self._config.session_limit, idle_ms, absolute_ms]
+        args: list[str | int] = [id, prefix, *limits, issued, self._config.session_limit_policy, *fields]
         try:
             reply = self._runner.call(
                 OPEN, [index_key(subject), prefix + id, signed_out_key(subject)], args, durable=True
@@ -136,7 +141,8 @@ class SessionStore:
             raise TooManySessions(reply / 1000)
         if reply == "SIGNED_OUT":
             raise SignedOut
-        return self._session(subject, id, reply)
+        session = self._session(subject, id, reply[:2])
+        return replace(session, replaced_id=reply[2]) if len(reply) > 2 else session
 
     def get(self, subject: str, id: str) -> Session:
         """Read a session without extending it. Raises SessionNotFound and Unreadable."""

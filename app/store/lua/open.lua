@@ -9,15 +9,18 @@
 -- ARGV[4]  idle timeout, ms
 -- ARGV[5]  absolute timeout, ms
 -- ARGV[6]  when the token was issued, whole seconds since the epoch; nothing where it is not one of the subject's
--- ARGV[7…] further fields of the hash: name, value, name, value …
--- Returns  {fields as a flat list of names and values, expiry in ms since the epoch}; at the limit the ms until the
---          first of the subject's sessions can expire; SIGNED_OUT where the token is from before the sign-out
+-- ARGV[7]  at the limit: refuse, or replace a silent session
+-- ARGV[8…] further fields of the hash: name, value, name, value …
+-- Returns  {fields as a flat list of names and values, expiry in ms since the epoch, id of the session that made room if
+--          any did}; at the limit the ms until the first of the subject's sessions can expire; SIGNED_OUT where the token
+--          is from before the sign-out
 --
 -- The subject's other sessions are looked at by names made here, not in KEYS: they share the slot through {owner}.
 
 local index, session, signed_out = KEYS[1], KEYS[2], KEYS[3]
 local id, prefix, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local idle_timeout, absolute_timeout, issued_at = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local policy = ARGV[7]
 
 -- The same id comes twice only when the answer to the first call was lost on the way.
 local fields = redis.call("HGETALL", session)
@@ -37,8 +40,28 @@ if issued_at and redis.call("EXISTS", signed_out) == 1 then
   end
 end
 
+-- The part of its idle timeout that a session has been silent for; nil where it cannot be read.
+local function silence(member)
+  local beat = redis.pcall("HMGET", prefix .. member, "active", "idle")
+  local active, idle = tonumber(beat[1]), tonumber(beat[2])
+  return active and idle and (now - active) / idle
+end
+
+-- A device beats at a third of its idle timeout: one that is silent for more than half has missed a beat. Where none has,
+-- devices must not push each other out.
+local function most_silent(members)
+  local found, longest = nil, 0.5
+  for _, member in ipairs(members) do
+    local part = silence(member)
+    if part and part > longest then
+      found, longest = member, part
+    end
+  end
+  return found
+end
+
 -- The index is a hint. Only at the limit is it worth asking which of its sessions still live.
-local dead = {}
+local dead, replaced = {}, nil
 if redis.call("ZCARD", index) >= limit then
   local members = redis.call("ZRANGE", index, 0, -1)
   local first = absolute_end
@@ -50,7 +73,11 @@ if redis.call("ZCARD", index) >= limit then
       first = math.min(first, expiry)
     end
   end
-  if #members - #dead >= limit then
+  local excess = #members - #dead - limit
+  if excess == 0 and policy == "replace" then
+    replaced = most_silent(members)
+  end
+  if excess >= 0 and not replaced then
     return first - now
   end
 end
@@ -60,13 +87,21 @@ local expiry = math.min(now + idle_timeout, absolute_end)
 -- since a full Redis looks only at a script's first write.
 redis.call("ZADD", index, "XX", absolute_end, id)
 redis.call("PEXPIREAT", session, expiry)
+if replaced then
+  redis.call("DEL", session)
+  redis.call("ZREM", index, id)
+end
 
 for _, member in ipairs(dead) do
   redis.call("ZREM", index, member)
 end
 local latest = tonumber(redis.call("ZRANGE", index, -1, -1, "WITHSCORES")[2] or 0)
-redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 7))
+redis.call("HSET", session, "started", now, "active", now, "idle", idle_timeout, "end", absolute_end, unpack(ARGV, 8))
 redis.call("PEXPIREAT", session, expiry)
 redis.call("ZADD", index, absolute_end, id)
 redis.call("PEXPIREAT", index, math.max(latest, absolute_end))
-return { redis.call("HGETALL", session), expiry }
+if replaced then
+  redis.call("DEL", prefix .. replaced)
+  redis.call("ZREM", index, replaced)
+end
+return { redis.call("HGETALL", session), expiry, replaced }
