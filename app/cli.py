@@ -18,6 +18,7 @@ from app.responses import rfc3339
 from app.schemas import SessionSchema
 from app.sessions import end_sessions, store
 from app.store import SessionNotFound, StoreUnavailable
+from app.store.expiries import Expiry, NotEnabled, expiries
 
 bp = Blueprint("cli", __name__, cli_group=None)
 # Commands say themselves what is wrong. Where no log is configured Python would print the log's warnings beside that.
@@ -110,6 +111,22 @@ def revoke(subject: str, id: str | None, refuse_earlier_tokens: bool) -> None:
             click.echo(f"{end_sessions(subject, id, refuse_earlier_tokens=refuse_earlier_tokens)} revoked")
     except SessionNotFound:
         raise click.ClickException("there is no such session") from None
+
+
+@sessions.command()
+@click.argument("subject", required=False)
+def watch(subject: str | None) -> None:
+    """Print a JSON line for each session that expires, of SUBJECT or of all, for as long as this runs."""
+    try:
+        for each in expiries(current_app.extensions["servers"], subject):
+            if isinstance(each, Expiry):
+                line = {"time": rfc3339(int(time.time() * 1000)), "subject": each.subject, "session": each.id}
+                click.echo(json.dumps(line))
+            else:
+                click.echo(each, err=True)
+    except NotEnabled:
+        todo = "add Kx to it on each server, as in: redis-cli CONFIG SET notify-keyspace-events Kx"
+        raise click.ClickException(f"Redis's notify-keyspace-events does not tell of expiries; {todo}") from None
 
 
 @bp.cli.command(context_settings={"ignore_unknown_options": True})  # ids may begin with -
