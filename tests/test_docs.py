@@ -221,15 +221,16 @@ def test_phone(phone: None, page: Browser) -> None:
 
 @root_only
 def test_filled_in(page: Browser) -> None:
-    """What the page fills in names no idle timeout and no session, so that whoever tries it out gets no surprise."""
+    """What the page fills in names no idle timeout, session or subject: whoever tries it out gets no surprise."""
     filled_in = {}
     for operation in ("open_session", "heartbeat", "get_session", "revoke", "revoke_all"):
         block = unfold(page, operation)
         inputs = page.driver.find_elements("css selector", f"{block} input, {block} textarea")
         filled_in[operation] = [each.get_attribute("value") for each in inputs]
-    [opened] = filled_in.pop("open_session")
+    subject, opened = filled_in.pop("open_session")
+    assert subject == ""
     assert set(json.loads(opened)) == {"deviceName", "location"}
-    assert filled_in == {"heartbeat": [""], "get_session": [""], "revoke": [""], "revoke_all": ["{}"]}
+    assert filled_in == {**dict.fromkeys(("heartbeat", "get_session", "revoke"), ["", ""]), "revoke_all": ["", "{}"]}
 
 
 def test_try_it_out(page: Browser) -> None:
