@@ -153,6 +153,18 @@ def test_forbidden(server: RedisServer) -> None:
     assert said.startswith("Error: Redis is in trouble: ")
 
 
+def test_rights(server: RedisServer) -> None:
+    """A user who may subscribe, and see what Redis is set to tell, needs no other rights."""
+    rights = ["on", ">pw", "-@all", "+psubscribe", "+ping", "+config|get", "allchannels"]
+    server.client.execute_command("ACL", "SETUSER", "app", *rights)
+    with watching(f"unix://app:pw@{server.socket}") as watcher:
+        until(lambda: subscribed(server.client))
+        session = store_on(server.url).open("alice", login_method="token", idle_timeout=1)
+        until(lambda: watcher.lines)
+        time.sleep(6)  # until the connection has been asked whether it is there
+    assert (watcher.expired, watcher.said) == ([("alice", session.id)], [])
+
+
 def test_cluster(tmp_path: Path) -> None:
     """In a cluster it hears every primary."""
     ports = free_ports(3)
