@@ -91,9 +91,15 @@ def metrics() -> Response:
     config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
     if config.metrics_token and (sentence := _refused(config.metrics_token)):
         return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
-    moment = CollectorRegistry()
-    moment.register(Moment())
-    text = generate_latest(metric_files.of_all_workers() or counted.registry) + generate_latest(moment)
+
+    def collect() -> bytes:
+        moment = CollectorRegistry()
+        moment.register(Moment())
+        # The moment first: its probe waits, and who asks meanwhile shares what the rest takes.
+        text = generate_latest(moment)
+        return generate_latest(metric_files.of_all_workers() or counted.registry) + text
+
+    text = current_app.extensions["scrapes"](collect)
     return Response(text, content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
 
 

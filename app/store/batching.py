@@ -1,9 +1,12 @@
-"""Group commit: callers that are waiting together share one round trip. Commands in, replies out."""
+"""Callers that are waiting together share one round trip, or one call."""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class Abandoned(Exception):
@@ -77,3 +80,30 @@ class GroupCommit:
                 if self._collecting is batch:
                     self._collecting, self._in_flight = None, batch.previous
             batch.done.set()
+
+
+class SharedCall(Generic[T]):
+    """A call that runs once at a time: whoever makes it while it runs gets the result that it has then."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._running: Future[T] | None = None
+
+    def __call__(self, act: Callable[[], T]) -> T:
+        """Raises what `act` raises, and Abandoned where the caller that ran it was stopped from outside."""
+        with self._mutex:
+            running, leads = self._running, False
+            if running is None:
+                running, leads = Future(), True
+                self._running = running
+        if leads:
+            try:
+                running.set_result(act())
+            except Exception as error:
+                running.set_exception(error)
+            finally:
+                with self._mutex:
+                    self._running = None
+                if not running.done():
+                    running.set_exception(Abandoned())
+        return running.result()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, Re
 
 from app.config import Config
 from app.deadline import deadline
-from app.store.batching import Abandoned, GroupCommit
-from app.store.connect import Servers
+from app.store.batching import Abandoned, GroupCommit, SharedCall
+from app.store.connect import POOL_SIZE, Servers
 from app.store.outages import Outages, described
 from app.store.replicas import ReplicaAcks
 
@@ -82,6 +83,11 @@ class Runner:
         self._acks: WeakKeyDictionary[redis.Redis, ReplicaAcks] = WeakKeyDictionary()
         # One for each server, so that one which hangs holds up no caller of another.
         self._batches: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
+        # Of each pool one connection is left for the heartbeats and one for the probe, which take no more: whatever
+        # other calls are waiting, these are not refused.
+        self._places: WeakKeyDictionary[redis.Redis, threading.BoundedSemaphore] = WeakKeyDictionary()
+        self._wait = config.redis_timeout_seconds / 2
+        self._probing: SharedCall[None] = SharedCall()
 
     def call(
         self, script: Script, keys: Sequence[str], args: Sequence[str | int] = (), *, durable: bool = False
@@ -102,8 +108,9 @@ class Runner:
             return []
         with _unavailable():
             client = self._client_for(script, calls[0].keys[0])
-            acks = self._acks_of(client) if durable and self._replicas else None
-            replies = _none_failed(self._run(client, script, calls, acks.commands if acks else ()))
+            with self._place(client):
+                acks = self._acks_of(client) if durable and self._replicas else None
+                replies = _none_failed(self._run(client, script, calls, acks.commands if acks else ()))
             if acks:
                 *replies, acknowledged, role = replies
                 sufficient = acks.sufficient(acknowledged, role)
@@ -118,7 +125,9 @@ class Runner:
         if not keys:
             return []
         with _unavailable():
-            return _none_failed(self._run(self._client_for(script, keys[0]), script, _in_calls(keys)))
+            client = self._client_for(script, keys[0])
+            with self._place(client):
+                return _none_failed(self._run(client, script, _in_calls(keys)))
 
     def join(self, script: Script, group: str, key: str) -> Any:
         """Run a script over a key together with whatever other callers ask of its server. Raises Unreadable.
@@ -136,11 +145,16 @@ class Runner:
     def probe(self, script: Script, keys: Sequence[str]) -> None:
         """Run a script, which replies 0, over one of these keys on each server until one takes it, for 1.5 s at most.
 
-        One primary of a cluster is enough: the subjects of that one are served.
+        One primary of a cluster is enough: the subjects of that one are served. Callers that probe at the same time
+        share the result.
         """
+        with _unavailable():
+            self._probing(functools.partial(self._probe, script, keys))
+
+    def _probe(self, script: Script, keys: Sequence[str]) -> None:
         failure: Exception | None = None
         tried = set()
-        with _unavailable(), deadline(PROBE_SECONDS):
+        with deadline(PROBE_SECONDS):
             for key in keys:
                 try:
                     client = self._servers.client_for(key)
@@ -153,6 +167,22 @@ class Runner:
                     failure = failure or error
             if failure:
                 raise failure
+
+    @contextmanager
+    def _place(self, client: redis.Redis) -> Iterator[None]:
+        """One of the places that a server has for others than heartbeats and the probe.
+
+        Raises StoreUnavailable where none is free in time. That is no trouble of the server's, and not logged as such.
+        """
+        places = self._places.get(client)
+        if places is None:
+            places = self._places.setdefault(client, threading.BoundedSemaphore(POOL_SIZE - 2))
+        if not places.acquire(timeout=self._wait):
+            raise StoreUnavailable("too many calls at once")
+        try:
+            yield
+        finally:
+            places.release()
 
     def _client_for(self, script: Script, key: str) -> redis.Redis:
         try:
