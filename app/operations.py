@@ -19,34 +19,13 @@ from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
 from app.responses import APIResponse
 from app.store import StoreUnavailable
 
-# OpenAPI 3.1, written by hand and served as it stands; tests/test_openapi.py holds it to the app.
-DOCUMENT = Path(__file__).with_name("openapi.json").read_text()
+HERE = Path(__file__).parent
 SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
 # The icons are in the style sheet, as data.
 POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Relative addresses, so that the page works behind a proxy that serves it under a prefix.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>session-heartbeat</title>
-<link rel="icon" href="docs/favicon-32x32.png">
-<link rel="stylesheet" href="docs/swagger-ui.css">
-<link rel="stylesheet" href="docs/page.css">
-<div id="swagger-ui"></div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script src="docs/start.js"></script>
-</html>
-"""
-# The validator is a service elsewhere.
-START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", validatorUrl: null, defaultModelsExpandDepth: 0})'
-# There is one server and there are no links; without these a phone shows everything in its own width.
-STYLE = """.swagger-ui .servers, .swagger-ui .servers-title, .swagger-ui .response-col_links { display: none }
-"""
-
 
 bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
 metrics_bp = Blueprint("metrics", __name__)
@@ -114,23 +93,25 @@ def _refused(token: str) -> str | None:
 
 @bp.get("/openapi.json")
 def openapi() -> APIResponse:
-    """The API as a document."""
-    return APIResponse(DOCUMENT)
+    """OpenAPI 3.1, written by hand and served as it stands; tests/test_openapi.py holds it to the app."""
+    return APIResponse((HERE / "openapi.json").read_text())
 
 
-@bp.get("/docs", strict_slashes=True)  # the page's addresses are relative
+# The page's addresses are relative, so that it works behind a proxy that serves it under a prefix.
+@bp.get("/docs", strict_slashes=True)
 def docs() -> APIResponse:
     """The API as a page on which it can be tried: Swagger UI out of its package, which asks no other server."""
-    return APIResponse(PAGE, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
+    page = (HERE / "swagger/index.html").read_text()
+    return APIResponse(page, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
 
 
 @bp.get("/docs/start.js")
 def start() -> APIResponse:
     """The page's own script, since its policy permits none inside it."""
-    return APIResponse(START, mimetype="text/javascript")
+    return APIResponse((HERE / "swagger/start.js").read_text(), mimetype="text/javascript")
 
 
 @bp.get("/docs/page.css")
 def style() -> APIResponse:
     """What the page shows otherwise than Swagger UI does."""
-    return APIResponse(STYLE, mimetype="text/css")
+    return APIResponse((HERE / "swagger/page.css").read_text(), mimetype="text/css")
