@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote
 
@@ -94,21 +94,17 @@ def create_app(config: Config, servers: Servers | None = None) -> Flask:
         app.register_blueprint(operations.metrics_bp)
     errors.register(app)
     if config.cors_origins:
-        _enable_cors(app, config.cors_origins)
+        CORS(
+            app,
+            resources=r"/sessions.*",
+            # Patterns, so that it does not guess which of them are.
+            origins=[re.compile(re.escape(origin) + r"\Z") for origin in config.cors_origins],
+            methods=["GET", "POST"],
+            allow_headers="*",  # what the page asks for: tracing adds headers of its own
+            expose_headers=EXPOSED_HEADERS,
+            max_age=600,
+            always_send=False,
+        )
     if config.trusted_proxies:
         app.wsgi_app = TrustedProxies(app.wsgi_app, config.trusted_proxies, x_proto=0)  # type: ignore[method-assign]
     return app
-
-
-def _enable_cors(app: Flask, origins: Sequence[str]) -> None:
-    """Answer preflights from these origins, and expose the headers that devices use."""
-    CORS(
-        app,
-        resources=r"/sessions.*",
-        origins=[re.compile(re.escape(origin) + r"\Z") for origin in origins],  # it would guess which are patterns
-        methods=["GET", "POST"],
-        allow_headers="*",  # what the page asks for: tracing adds headers of its own
-        expose_headers=EXPOSED_HEADERS,
-        max_age=600,
-        always_send=False,
-    )

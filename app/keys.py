@@ -174,9 +174,8 @@ class JwksSource:
         credentials, _, host = urlsplit(url).netloc.rpartition("@")
         full = urlsplit(url)._replace(netloc=host)
         self.address = full._replace(query="", fragment="").geturl()  # without what may be secret
-        self._request = Request(full.geturl())
-        self._request.add_header("User-Agent", f"session-heartbeat/{VERSION}")
-        self._request.add_header("Accept", "application/json")
+        headers = {"User-Agent": f"session-heartbeat/{VERSION}", "Accept": "application/json"}
+        self._request = Request(full.geturl(), headers=headers)
         if credentials:  # RFC 7617; not for the server that this one redirects to
             basic = b64encode(unquote_to_bytes(credentials)).decode()
             self._request.add_unredirected_header("Authorization", f"Basic {basic}")
@@ -199,7 +198,7 @@ class JwksSource:
 
 
 class _HttpsRedirects(HTTPRedirectHandler):
-    """Follows redirects to https only: whoever can change the keys in transit can sign tokens."""
+    """Follows redirects to https only: an attacker who can change the keys in transit can sign tokens."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -254,7 +253,7 @@ def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
 Keys = FixedKeys | JwksKeys
 
 
-def load_keys(config: Config, report: Callable[[float | None], None] = lambda _: None) -> Keys:
+def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
     """The keys that a configuration names; starts the background refresh of a key set, which reports to `report`."""
     if url := config.jwt_jwks_url:
         if url.startswith("http:") and not LOOPBACK_URL.match(url):

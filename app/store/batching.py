@@ -28,9 +28,9 @@ class _Batch:
 class GroupCommit:
     """Sends commands in batches, one batch at a time, without a thread or a timer of its own.
 
-    The caller who opens a batch is its leader. It waits until the batch before is back, while other callers join, gives
-    way once to those that are ready to run, so that they join as well, and sends the batch for all of them. Works under
-    threads and, where gevent has patched them, under greenlets.
+    The first caller of a batch is its leader. It waits until the batch before is back, while other callers join, gives
+    way once to callers that are ready to run, so that they join as well, and sends the batch for all of them. Works
+    under threads and, where gevent has patched them, under greenlets.
     """
 
     def __init__(self, send: Callable[[Sequence[Any]], Sequence[Any]]) -> None:

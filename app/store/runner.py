@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import redis
@@ -24,7 +24,6 @@ from app.store.replicas import ReplicaAcks
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
 PROBE_SECONDS = 1.5
 
-T = TypeVar("T")
 Command = tuple[str | int, ...]
 # Told of every round trip: the script, the number of keys, and the seconds it took.
 Observe = Callable[[str, int, float], None]
@@ -69,8 +68,8 @@ class Script:
 class Runner:
     """Runs scripts on the servers that hold their keys. Every public method raises StoreUnavailable.
 
-    A reply is an Unreadable where Redis says that a key is not what it should be. That is raised only to a caller who
-    asks for a single reply.
+    A reply is an Unreadable where Redis says that a key is not what it should be. Only methods that give a single reply
+    raise it.
     """
 
     def __init__(self, servers: Servers, config: Config, observe: Observe) -> None:
@@ -122,12 +121,7 @@ class Runner:
 
     def each_key(self, script: Script, keys: Sequence[str]) -> list[Any]:
         """Run a script over any number of keys of one subject; a reply for each."""
-        if not keys:
-            return []
-        with _unavailable():
-            client = self._client_for(script, keys[0])
-            with self._place(client):
-                return _none_failed(self._run(client, script, _in_calls(keys)))
+        return self.calls(script, _in_calls(keys))
 
     def join(self, script: Script, group: str, key: str) -> Any:
         """Run a script over a key together with whatever other callers ask of its server. Raises Unreadable.
@@ -195,7 +189,7 @@ class Runner:
         if client not in self._acks:
             try:
                 with deadline(self._seconds):
-                    role = _once_more(lambda: client.execute_command("ROLE"))
+                    [role] = _none_failed(_send(client, [("ROLE",)], repeatable=True))
             except (RedisError, OSError) as error:
                 self._outages.log_transition("replicas", client, error)
                 raise
@@ -229,11 +223,10 @@ class Runner:
             self._observe(script.name, sum(len(call.keys) for call in calls), time.perf_counter() - began)
         failure = None
         for place, reply in enumerate(replies):
-            if isinstance(reply, Exception):
-                if _about_a_record(reply):
-                    replies[place] = Unreadable(str(reply))
-                else:
-                    failure = failure or reply
+            if isinstance(reply, ResponseError) and str(reply).startswith(("WRONGTYPE ", "UNREADABLE ")):
+                replies[place] = Unreadable(str(reply))  # about what a key holds, not about the server
+            elif isinstance(reply, Exception):
+                failure = failure or reply
         self._outages.log_transition(script.name, client, failure)
         return replies
 
@@ -287,11 +280,6 @@ def _none_failed(replies: list[Any]) -> list[Any]:
     return replies
 
 
-def _about_a_record(error: Exception) -> bool:
-    """Whether an error is about what a key holds, by its code, and not about the server."""
-    return isinstance(error, ResponseError) and str(error).startswith(("WRONGTYPE ", "UNREADABLE "))
-
-
 def _exchange(client: redis.Redis, script: Script, calls: Sequence[Call], last: Sequence[Command] = ()) -> list[Any]:
     """One round trip; two where Redis has lost the script, as it does in every restart and failover.
 
@@ -307,7 +295,10 @@ def _exchange(client: redis.Redis, script: Script, calls: Sequence[Call], last: 
 
 
 def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool) -> list[Any]:
-    """A reply or an error for each command, in one round trip."""
+    """A reply or an error for each command, in one round trip.
+
+    Repeated where the connection breaks, since Redis closes idle ones. A time-out is not: the next try would hang, too.
+    """
 
     def send() -> list[Any]:
         if len(commands) == 1:  # a tenth faster than a pipeline
@@ -320,12 +311,9 @@ def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool) ->
             pipeline.execute_command(*command)
         return pipeline.execute(raise_on_error=False)
 
-    return _once_more(send) if repeatable else send()
-
-
-def _once_more(act: Callable[[], T]) -> T:
-    """Try again where the connection breaks: Redis closes what is idle. A time-out is not repeated: it would hang."""
     try:
-        return act()
+        return send()
     except redis.ConnectionError:
-        return act()
+        if repeatable:
+            return send()
+        raise
