@@ -9,7 +9,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPMessage
 from typing import IO, Any, NamedTuple
 from urllib.error import HTTPError, URLError
@@ -44,17 +44,18 @@ class VerificationKey(NamedTuple):
 class KeySet:
     """Keys by what a token's header says about the one that signed it."""
 
-    def __init__(self, keys: Sequence[VerificationKey] = ()) -> None:
-        self.ids = {key.id for key in keys}
+    def __init__(self, keys: Iterable[VerificationKey] = ()) -> None:
+        self.ids = set[str | None]()
         self._fitting: dict[str, list[Key]] = defaultdict(list)
         self._named: dict[tuple[str, str | None], list[Key]] = defaultdict(list)
         for key in keys:
+            self.ids.add(key.id)
             for algorithm in key.algorithms:
                 self._fitting[algorithm].append(key.key)
                 self._named[algorithm, key.id].append(key.key)
 
     def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
-        """The keys that can have signed a token."""
+        """The keys to try for a token."""
         # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
         if key_id is None:
             return self._fitting.get(algorithm, ())
@@ -65,17 +66,10 @@ class KeySet:
         return max((len(keys) for (_, id), keys in self._named.items() if id is None), default=0)
 
 
-class FixedKeys:
-    """Keys that come with the configuration and stay until the next start."""
+class FixedKeys(KeySet):
+    """Keys that come with the configuration and stay until the next start. They have no ids, and so fit any token's."""
 
     generation, loaded, error = 0, True, ""
-
-    def __init__(self, keys: Sequence[VerificationKey]) -> None:
-        self._keys = KeySet(keys)
-
-    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
-        """The keys to try for a token."""
-        return self._keys.candidates(algorithm, None)
 
 
 class JwksKeys:
@@ -144,7 +138,7 @@ class JwksKeys:
         try:
             fetched = self._source.fetch()
             if fetched != self._fetched:
-                self._use(KeySet(list(_verification_keys(_members(fetched)))))
+                self._use(KeySet(_verification_keys(_members(fetched))))
                 self._fetched = fetched
         except Exception as error:
             self.error = f"{self._source.address}: {_described(error)}"
@@ -264,5 +258,5 @@ def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
         return FixedKeys([VerificationKey(key, algorithms_of(key))])
     secrets = [secret.encode() for secret in config.jwt_secret]
     return FixedKeys(
-        [VerificationKey(key, [name for name, least in HMAC_KEY_BYTES.items() if least <= len(key)]) for key in secrets]
+        VerificationKey(key, [name for name, least in HMAC_KEY_BYTES.items() if least <= len(key)]) for key in secrets
     )

@@ -91,11 +91,8 @@ class Metrics:
         app.after_request(end)
 
     def _request(self, request: Request, status: int, seconds: float) -> None:
-        rule = request.url_rule
-        labels = (rule.rule if rule else "none", request.method, status)
-        child = self._children.get(labels)
-        if child is None:
-            child = self._child(*labels)
+        labels = (request.url_rule.rule if request.url_rule else "none", request.method, status)
+        child = self._children.get(labels) or self._child(*labels)
         child.observe(seconds)
         if request.endpoint == "sessions.heartbeat" and status in OUTCOMES:
             self.heartbeats(OUTCOMES[status])
