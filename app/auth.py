@@ -71,7 +71,7 @@ class InsufficientScope(Exception):
 
 
 class Caller(NamedTuple):
-    """What a token says of its bearer; and of a call, where it names another subject, for whom the `actor` acts.
+    """What a token says of its bearer; in a call for another `subject`, the token's own is the `actor`.
 
     `issued_at` is in whole seconds since the epoch, 0 where the token does not say, and None where an `actor` acts.
     """
@@ -101,7 +101,7 @@ class TokenVerifier:
         self._claim = config.jwt_subject_claim
         self._admin_scope = config.jwt_admin_scope
         self._algorithms = config.algorithms
-        # Not the module's own decoder: its options are shared by all who import it.
+        # Not the module's own decoder: its options are shared by all importers.
         self._jwt = jwt.PyJWT(
             {
                 "require": ["exp", self._claim],

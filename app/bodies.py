@@ -64,7 +64,7 @@ def read_body() -> bytes:
 
 
 def drain_body() -> None:
-    """Read a body that nobody asked for and drop it, under the bounds of `read_body`."""
+    """Read a body that is not asked for and drop it, under the bounds of `read_body`."""
     environ = request.environ
     if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
         read_body()

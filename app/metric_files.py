@@ -31,7 +31,7 @@ class ReservedFile(MmapedDict):
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         if not os.path.exists(filename):
-            # Complete before it has its name: whoever reads an empty file takes it for a broken one.
+            # Complete before it has its name: a reader would take an empty file for a broken one.
             unfinished = f"{filename}.new"
             with open(unfinished, "wb") as file:
                 _reserve(file.fileno(), SIZE)
@@ -45,7 +45,7 @@ class ReservedFile(MmapedDict):
 
 
 def share_values() -> None:
-    """Keep the metrics made from now on in the folder that gunicorn.conf.py made, if any, or in memory without one."""
+    """Keep the metrics made from now on in the folder that gunicorn_metrics.py made, or in memory without one."""
     if FOLDER in os.environ:
         values.ValueClass = _shared_values(os.environ[FOLDER])
 

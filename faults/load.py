@@ -83,7 +83,7 @@ class Load:
         return Counter(status for _, _, status, _ in self.answers)
 
     def all_is_well(self) -> bool:
-        """Whether nobody was in trouble in about the last second."""
+        """Whether no caller was in trouble in about the last second."""
         return {status for _, _, status, _ in self.answers[-200:]} <= {200, 201}
 
     def slowest(self) -> float:
@@ -109,6 +109,6 @@ class Load:
         return opens, revokes
 
     def check(self, *allowed: int) -> None:
-        """No live session was called gone, no token bad, nothing went unanswered, and nobody waited for 2 seconds."""
+        """No live session was called gone, no token bad, no request went unanswered, and none took 2 seconds."""
         assert set(self.statuses()) <= {200, 201, *allowed}, self.statuses()
         assert self.slowest() < 2

@@ -152,7 +152,7 @@ def report(what: str, took: list[float], before: int, after: int, more: str, cap
 
 
 def test_slow_headers(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
-    """A thousand clients that send their headers by drips hold up nobody and are cut off."""
+    """A thousand clients that send their headers by drips hold up no other client and are cut off."""
     with gunicorn_process(environ, WORKERS) as (process, port):
         path, before = open_session(port), megabytes(process)
         began = time.monotonic()
@@ -168,7 +168,7 @@ def test_slow_headers(environ: dict[str, str], capsys: pytest.CaptureFixture) ->
 
 
 def test_unfinished_bodies(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
-    """A thousand clients that never send the rest of their bodies hold up nobody and get a 408."""
+    """A thousand clients that never send the rest of their bodies hold up no other client and get a 408."""
     head = f"POST /sessions HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Content-Length: 100\r\n"
     with gunicorn_process(environ, WORKERS) as (process, port):
         path, before = open_session(port), megabytes(process)
@@ -184,7 +184,7 @@ def test_unfinished_bodies(environ: dict[str, str], capsys: pytest.CaptureFixtur
 
 
 def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
-    """Five thousand connections that a proxy keeps open hold up nobody."""
+    """Five thousand connections that a proxy keeps open hold up no client."""
     with gunicorn_process({**environ, "TRUSTED_PROXIES": "1"}, WORKERS) as (process, port):
         path, before = open_session(port), megabytes(process)
         with crowd(port, 5000, HEALTH) as connections:
@@ -199,7 +199,7 @@ def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture
 
 
 def test_no_reading(environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A client who asks for very much and reads nothing of it is cut off, which is not worth a line in the log."""
+    """A client that asks for very much and reads nothing of it is cut off, which is not worth a line in the log."""
     with gunicorn_logged(environ, tmp_path / "log") as (process, port), socket.socket() as connection:
         open_session(port)
         [worker] = children(process)
@@ -224,14 +224,14 @@ def test_no_reading(environ: dict[str, str], tmp_path: Path, capsys: pytest.Capt
 class Clients:
     """Threads that send heartbeats over connections they keep, until told to stop; nothing is tried twice.
 
-    As HTTP has it: who is told `Connection: close` connects anew (RFC 9112 §9.6).
+    As HTTP has it: a client that is told `Connection: close` connects anew (RFC 9112 §9.6).
     """
 
     def __init__(self, port: int, path: str, number: int = 4) -> None:
         self.answered: Counter[int] = Counter()
         self.failures: list[str] = []
         self.connections = self.refused = 0
-        self.stopping_since = math.inf  # who connects later than that may be refused
+        self.stopping_since = math.inf  # later connections may be refused
         self._port, self._path = port, path
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -425,7 +425,7 @@ def test_pipelined(port: int) -> None:
 
 
 def test_expect_continue(port: int) -> None:
-    """Who expects 100-continue is told to go on before the body is sent."""
+    """A client that expects 100-continue is told to go on before the body is sent."""
     head = f"POST /sessions HTTP/1.1\r\n{HOST}{AUTHORIZATION}Connection: close\r\nExpect: 100-continue\r\n"
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n{EMPTY}\r\n".encode())

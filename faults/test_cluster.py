@@ -37,7 +37,7 @@ class Six:
         self.url = "redis+cluster://" + ",".join(nodes[:2])
 
     def start(self, stack: ExitStack, folder: Path) -> int:
-        """Start a node that belongs to nobody yet; gives its port."""
+        """Start a node that belongs to no cluster yet; gives its port."""
         port = free_port()
         home = folder / str(port)
         home.mkdir()
@@ -84,7 +84,7 @@ def shared_out(six: Six, number: int = 12) -> tuple[list[str], list[str]]:
 
 
 def test_primary_killed(six: Six, tmp_path: Path) -> None:
-    """When a primary is lost its subjects get 500s until the replica takes over, and nobody a 404.
+    """When a primary is lost its subjects get 500s until the replica takes over, and no caller a 404.
 
     The log has the end of the trouble with it, although it never comes back.
     """
@@ -173,7 +173,7 @@ def test_started_before_the_cluster(six: Six) -> None:
     for process in six.processes.values():
         process.send_signal(signal.SIGSTOP)
     with gunicorn({"REDIS_URL": six.url, "JWT_SECRET": SECRET}) as address:
-        # The worker asks two of them in vain before it answers anybody.
+        # The worker asks two of them in vain before its first answer.
         assert requests.get(f"{address}/sessions", headers=headers("alice"), timeout=20).status_code == 500
         for process in six.processes.values():
             process.send_signal(signal.SIGCONT)

@@ -63,7 +63,7 @@ class Model:
                 self._ended.setdefault(id, time.monotonic())
 
     def alive(self, subject: str, ids: list[str], began: float, at_ms: float, outcome: str) -> None:
-        """Somebody who asked after `began` was told that these live."""
+        """A caller that asked after `began` was told that these live."""
         with self._lock:
             self.outcomes[outcome] += 1
             for id in ids:
@@ -82,7 +82,7 @@ class Model:
 
 
 class Client:
-    """One of those who are in each other's way."""
+    """One of several callers that race."""
 
     def __init__(self, store: SessionStore, model: Model, seed: int) -> None:
         self.store, self.model, self.lot = store, model, random.Random(seed)
@@ -146,7 +146,7 @@ def _listed(store: SessionStore, subject: str) -> set[str]:
 
 @pytest.mark.parametrize("stores", [CLIENTS, 1])
 def test_model(server: RedisServer, stores: int) -> None:
-    """Whoever was told that a session is over is right for ever, and Redis never holds too much or anything for ever.
+    """A session that a caller was told is over stays over, and Redis never holds too much or anything for ever.
 
     Each client has a store of its own, or all share one, whose heartbeats then share round trips.
     """

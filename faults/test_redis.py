@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def load(server: RedisServer) -> Iterator[Load]:
-    """Callers who keep 32 sessions alive, and one who opens and revokes others."""
+    """Callers that keep 32 sessions alive, and one that opens and revokes others."""
     with gunicorn({"REDIS_URL": server.url, "JWT_SECRET": SECRET}) as address:
         yield Load(address, [f"beat-{n}" for n in range(32)], churn=True)
 
@@ -32,7 +32,7 @@ def report(load: Load, what: str) -> None:
 
 @pytest.mark.alone
 def test_hangs(server: RedisServer, load: Load) -> None:
-    """While Redis hangs everybody has an answer within 2 s, other routes answer as ever, and all is well soon after."""
+    """While Redis hangs each caller gets an answer within 2 s, other routes answer as ever, and it recovers soon."""
     with load:
         server.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
@@ -63,7 +63,7 @@ def test_killed(server: RedisServer, load: Load) -> None:
 
 
 def test_scripts_lost(server: RedisServer, load: Load) -> None:
-    """When the scripts are lost again and again nobody notices."""
+    """When the scripts are lost again and again no caller notices."""
     with load:
         for _ in range(50):
             server.client.script_flush()

@@ -128,7 +128,7 @@ def token(subject: object = "alice", secret: str = SECRET, **claims: object) -> 
 
 
 class Caller:
-    """Somebody with a token, who speaks HTTP."""
+    """A caller with a token, over HTTP."""
 
     def __init__(self, app: Flask, subject: object = "alice", **claims: object) -> None:
         self.http: FlaskClient = app.test_client()

@@ -142,7 +142,7 @@ def test_no_scope(app: Flask, claims: dict[str, object]) -> None:
 @fake_only
 @pytest.mark.parametrize("scope", ["", None, "None", [None], [""], ADMIN])
 def test_not_configured(make_app: Callable[..., Flask], scope: object) -> None:
-    """Where no scope is configured nobody may act for others, and the challenge names none."""
+    """Where no scope is configured no token may act for other subjects, and the challenge names none."""
     response = Caller(make_app(), scope=scope).get("/sessions?subject=bob")
     assert (response.status_code, response.data) == (403, REFUSED)
     assert response.headers["WWW-Authenticate"] == 'Bearer realm="sessions", error="insufficient_scope"'
@@ -175,7 +175,7 @@ def test_remembered(app: Flask) -> None:
 
 @fake_only
 def test_log(app: Flask, gateway: Caller, log: Log) -> None:
-    """A line of such a call has the hashes of who acted and of the subject; one of a subject's own call only this."""
+    """A line of such a call has the hashes of the actor and of the subject; one of a subject's own call only this."""
     alice, id = Caller(app), gateway.post("/sessions?subject=alice").json["session"]["id"]
     alice.revoke(id)
     gateway.post(f"/sessions/{id}/revoke?subject=alice")

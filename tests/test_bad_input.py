@@ -1,4 +1,4 @@
-"""Input that nobody should send: a 4xx in the contract's shape, and nothing written."""
+"""Bad input: a 4xx in the contract's shape, and nothing written."""
 
 import json
 from collections.abc import Callable

@@ -61,7 +61,7 @@ on_redis = pytest.mark.usefixtures("redis_server")  # skips or fails where there
 
 
 class Caller(threading.Thread):
-    """Somebody who makes one call in a thread of its own, which is a greenlet where gevent has patched threads."""
+    """A caller that makes one call in a thread of its own, which is a greenlet where gevent has patched threads."""
 
     def __init__(self, call: Callable[[Any], Any], argument: Any = None) -> None:
         super().__init__(daemon=True)
@@ -195,7 +195,7 @@ def test_own_reply() -> None:
 
 @both
 def test_bad_command() -> None:
-    """A bad command fails its own caller and nobody else in the batch."""
+    """A bad command fails its own caller and no other in the batch."""
     wire = Wire()
     callers = [caller for command in (0, 1, 100, 2) for caller in wire.call(command)]
     wire.let_through(2)
@@ -220,7 +220,7 @@ def test_failed_batch() -> None:
 
 @both
 def test_stopped_sender() -> None:
-    """What stops the one who sends stops nobody else: the batch is abandoned and the next one goes on."""
+    """What stops the leader stops no other caller: the batch is abandoned and the next one goes on."""
     wire = Wire()
     wire.failures = [ValueError(), SystemExit()]
     wire.call(0)
@@ -235,7 +235,7 @@ def test_stopped_sender() -> None:
 
 @under("greenlets")
 def test_leader_killed_while_sending() -> None:
-    """A leader who is killed while sending leaves its batch abandoned at once, and the next one goes on."""
+    """A leader that is killed while sending leaves its batch abandoned at once, and the next one goes on."""
     wire = Wire()
     wire.call(0)
     leader, *followers = [caller for command in (1, 2, 3) for caller in wire.call(command)]
@@ -252,7 +252,7 @@ def test_leader_killed_while_sending() -> None:
 
 @under("greenlets")
 def test_leader_killed_while_waiting() -> None:
-    """A leader who is killed while waiting leaves its batch abandoned at once and never sent."""
+    """A leader that is killed while waiting leaves its batch abandoned at once and never sent."""
     wire = Wire()
     first = wire.call(0)
     leader, *followers = [caller for command in (1, 2, 3) for caller in wire.call(command)]
@@ -280,7 +280,7 @@ def test_one_at_a_time_after_a_kill() -> None:
 
 @under("greenlets")
 def test_follower_killed() -> None:
-    """A follower who is killed while waiting harms nobody, and its command still goes out once."""
+    """A follower that is killed while waiting harms no other caller, and its command still goes out once."""
     wire = Wire()
     first = wire.call(0)
     leader, killed, follower = [caller for command in (1, 2, 3) for caller in wire.call(command)]
@@ -293,7 +293,7 @@ def test_follower_killed() -> None:
 
 @under("greenlets")
 def test_anything_may_happen() -> None:
-    """Whoever is killed and whatever fails, no command is sent twice and everybody gets an answer of its own."""
+    """Whichever callers are killed and whatever fails, no command is sent twice and each caller gets its own answer."""
     luck = random.Random(7)
     sent: Counter[int] = Counter()
 
@@ -510,7 +510,7 @@ def test_redis_stalled_and_the_pool_in_use() -> None:
 @on_redis
 @under("greenlets")
 def test_leader_killed_before_redis_answers() -> None:
-    """A reply to a leader who was killed reaches nobody else, and no connection is lost with the leader."""
+    """A reply to a leader that was killed reaches no other caller, and no connection is lost with the leader."""
     with own_store() as (server, store):
         another, own = opened(store, 1000), opened(store, 2000)
         for _ in range(3 * POOL_SIZE):

@@ -52,7 +52,7 @@ def test_token_of_an_issuer(make_app: Callable[..., Flask]) -> None:
 
 
 def test_list(app: Flask, alice: Caller, bob: Caller) -> None:
-    """A subject's sessions are listed with what is known of them, and nobody else's."""
+    """A subject's sessions are listed with what is known of them, and no other subject's."""
     id, other = alice.open(deviceName="Tablet"), bob.open()
     head, line, count = run(app, "sessions", "list", "alice").output.splitlines()
     assert head.split() == [
@@ -201,7 +201,7 @@ def test_id_with_hyphens(app: Flask, id: str) -> None:
 
 
 def test_revoke_all(app: Flask, alice: Caller, bob: Caller) -> None:
-    """All sessions of a subject are ended, and nobody else's."""
+    """All sessions of a subject are ended, and no other subject's."""
     alice.open(), alice.open()
     id = bob.open()
     assert run(app, "sessions", "revoke", "alice").stdout == "2 revoked\n"

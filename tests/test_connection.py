@@ -219,7 +219,7 @@ def test_too_many_clients(
 
 
 def test_protected(tmp_path: Path) -> None:
-    """What a Redis says to everyone who connects is passed on in its own words."""
+    """What a Redis says to every new connection is passed on in its own words."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -414,7 +414,7 @@ def test_cluster_pool(cluster_url: str) -> None:
 
 
 def test_cluster_under_another_address(cluster_url: str) -> None:
-    """A cluster that has announced addresses where nobody is is found again where the URL says."""
+    """A cluster that has announced addresses without a server is found again where the URL says."""
     app = create_app(config(cluster_url))
     alice = Caller(app)
     id = alice.open()

@@ -247,7 +247,7 @@ def test_operations_while_the_store_is_down(alice: Caller, outage: Callable[...,
 def test_nothing_leaks(
     alice: Caller, database: redis.Redis, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
-    """An error that nobody has foreseen is the same 500, without a word of the exception."""
+    """An unforeseen error is the same 500, without a word of the exception."""
     id = alice.open()
     for name in ("execute_command", "pipeline"):
         monkeypatch.setattr(database, name, lambda *_, **__: 1 / 0)

@@ -90,7 +90,7 @@ def test_errors(http: FlaskClient) -> None:
 
 
 def test_off(alice: Caller) -> None:
-    """Without CORS_ORIGINS nobody is allowed anything, and OPTIONS is no method of ours."""
+    """Without CORS_ORIGINS no origin is allowed, and OPTIONS is a method that is not allowed."""
     response = alice.http.options("/sessions", headers={"Origin": FRIEND, **PREFLIGHT})
     assert response.status_code == 405
     assert "Access-Control-Allow-Origin" not in response.headers

@@ -210,7 +210,7 @@ def test_names_with_underscores(port: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 1000, 16_000])
 def test_small_body_that_is_not_read(port: int, size: int) -> None:
-    """After a refusal whose body nobody has read the connection goes on, where the body is small."""
+    """After a refusal of a request with an unread body the connection goes on, where the body is small."""
     body = b"x" * size
     for head in (
         f"POST /sessions HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode() + body,

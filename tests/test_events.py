@@ -71,7 +71,7 @@ def test_own_key(make_app: Callable[..., Flask], log: Log) -> None:
 
 
 def test_another_secret_other_hashes(make_app: Callable[..., Flask], log: Log) -> None:
-    """The hashes are keyed: who does not know the secrets cannot make them out."""
+    """The hashes are keyed: without the secrets they cannot be computed."""
     secret = "another-secret-of-more-than-thirty-two-bytes"
     Caller(make_app()).open()
     Caller(make_app(jwt_secret=(secret,)), secret=secret).open()
@@ -99,7 +99,7 @@ def test_successes_that_log_nothing(alice: Caller, log: Log) -> None:
 )
 @pytest.mark.parametrize("whose", ["nobody's", "bob's"])
 def test_session_not_found(alice: Caller, bob: Caller, log: Log, method: str, path: str, endpoint: str, whose: str):
-    """A session that is missing, or another subject's, is a line that says who asked for what."""
+    """A session that is missing, or another subject's, is a line with the caller and the session."""
     id = bob.open() if whose == "bob's" else MISSING
     alice.open()
     mine = log.take()[-1]["subject"]
@@ -164,7 +164,7 @@ def test_outage(alice: Caller, database: redis.Redis, log: Log) -> None:
 
 @pytest.mark.parametrize("script", ["heartbeat", "get"])
 def test_nobody_knows_where(app: Flask, alice: Caller, log: Log, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """It is an outage, too, while nobody knows which server holds a session, and each is two lines."""
+    """It is an outage, too, while it is not known which server holds a session, and each is two lines."""
     ask, id = {"heartbeat": alice.heartbeat, "get": alice.read}[script], alice.open()
     log.take()
 

@@ -255,7 +255,7 @@ def test_unreadable_body(alice: Caller, data: bytes, content_type: str, status: 
 
 @fake_only
 def test_no_token(app: Flask, alice: Caller, database: redis.Redis, clock: Clock) -> None:
-    """Without a token nothing is extended and nobody learns what is there."""
+    """Without a token nothing is extended, and the answer does not say what is there."""
     id = alice.open()
     before = expiry(database, id)
     clock.sleep(0.05)

@@ -247,7 +247,7 @@ def test_endless_key_set() -> None:
 
 
 def test_redirect(issuer: Issuer, key: Key) -> None:
-    """No redirect leads to plain http: who can change the keys in transit can sign tokens."""
+    """No redirect leads to plain http: an attacker who can change the keys in transit can sign tokens."""
     other = Issuer()
     other.keys, issuer.status, issuer.headers = issuer.keys, 302, {"Location": other.url}
     assert ask(app_of(issuer), key.token()).status_code == 503
@@ -419,7 +419,7 @@ def verifications(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def many_keys(number: int) -> list[dict[str, Any]]:
-    """So many keys without an id; few of them are keys that somebody has, and all of them verify."""
+    """So many keys without an id; tokens are signed with few of them, and all of them verify."""
     key = Key("", "EdDSA").jwk()
     return [{"kty": "OKP", "crv": "Ed25519", "x": key["x"]}] * number
 
@@ -475,7 +475,7 @@ def test_key_id_of_another_key(issuer: Issuer, key: Key) -> None:
 
 
 def test_symmetric_key(issuer: Issuer, key: Key) -> None:
-    """A symmetric key in the set verifies nothing and is in nobody's way."""
+    """A symmetric key in the set verifies nothing and spoils no other key."""
     issuer.keys.insert(0, oct_jwk("symmetric"))
     app = app_of(issuer)
     assert status(app, hmac_token(kid="symmetric")) == status(app, hmac_token()) == 401
@@ -485,7 +485,7 @@ def test_symmetric_key(issuer: Issuer, key: Key) -> None:
 
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
 def test_private_key(issuer: Issuer, algorithm: str) -> None:
-    """A private key that was published by mistake verifies nothing and is in nobody's way."""
+    """A private key that was published by mistake verifies nothing and spoils no other key."""
     leaked, key = Key("leaked", algorithm), Key("first", algorithm)
     issuer.keys = [leaked.jwk(private=True, key_ops=["sign", "verify"]), key.jwk()]
     app = app_of(issuer)

@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     @rule(seconds=st.sampled_from([1, 9, 10, 29, 30, 31, 70, 99, 100, 101]))
     def advance(self, seconds: int) -> None:
-        """Time ends what nobody has renewed; at the millisecond of an expiry itself nobody looks."""
+        """Time ends what was not renewed; the millisecond of an expiry itself is not tested."""
         self.now += seconds * 1000 + 1
         self.move()
         self.known = {key: known for key, known in self.known.items() if known.expiry > self.now}

@@ -90,7 +90,7 @@ def test_run(served: Served) -> None:
 def test_localhost_only(served: Served) -> None:
     """What a newcomer tries out is not offered to the network."""
     with pytest.raises(ConnectionRefusedError):
-        # An address of this machine at which all listen who listen on all addresses.
+        # An address of this machine, where a server that listens on all addresses is found.
         socket.create_connection(("127.0.0.2", served[2]), 1)
 
 

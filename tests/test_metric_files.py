@@ -83,7 +83,7 @@ def test_folder(environ: dict[str, str], folder: Path) -> None:
 
 
 def test_folder_that_is_removed(environ: dict[str, str]) -> None:
-    """Where somebody tidies the folder away a worker goes on, and tells its own counts."""
+    """Where the folder is removed a worker goes on, and tells its own counts."""
     with gunicorn_process(environ) as (process, port):
         assert beat(port) == 404
         shutil.rmtree(folder_of(process))
@@ -171,7 +171,7 @@ class TestReservedFile:
 
 @pytest.fixture
 def mounts() -> Iterator[list[str]]:
-    """A command that runs another one behind a line of shell that may mount what it likes, seen by nobody else."""
+    """A command that runs another one behind a line of shell that may mount anything, unseen by other processes."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "--mount", "true"], capture_output=True).returncode:
         pytest.skip("needs root and unshare(1), for file systems of its own")

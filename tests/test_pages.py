@@ -37,7 +37,7 @@ def test_links(page: Path) -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_reader(page: Path) -> None:
-    """Each page says first for whom it is, and the README links to it."""
+    """Each page names its readers first, and the README links to it."""
     assert re.match(r"# .*\n\nFor ", page.read_text())
     assert f"(docs/{page.name}" in (ROOT / "README.md").read_text()
 

@@ -73,7 +73,7 @@ def test_revoke_against_heartbeats(app: Flask, database: redis.Redis) -> None:
 
 @pytest.mark.parametrize("callers", [2, 8])
 def test_last_place(make_app: Callable[..., Flask], database: redis.Redis, callers: int) -> None:
-    """Of several callers who want the last place under the limit exactly one gets it."""
+    """Of several callers that want the last place under the limit exactly one gets it."""
     app = make_app(session_limit=4, session_idle_seconds=60, session_absolute_seconds=120)
     alice = Caller(app)
     for _ in range(25):
@@ -87,7 +87,7 @@ def test_last_place(make_app: Callable[..., Flask], database: redis.Redis, calle
 
 
 def test_revoke_once(app: Flask) -> None:
-    """Of several callers who revoke the same session exactly one is told that it did."""
+    """Of several callers that revoke the same session exactly one is told that it did."""
     for _ in range(25):
         id = Caller(app).open()
         statuses = at_once(*[lambda: Caller(app).revoke(id).status_code] * 4)

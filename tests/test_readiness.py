@@ -67,7 +67,7 @@ def without_eval(client: redis.Redis) -> None:
     ],
 )
 def test_redis(server: RedisServer, hurt: Callable[[redis.Redis], None], reason: str | None, log: Log) -> None:
-    """Ready is who can keep sessions alive, as in a full Redis; who is not says Redis, and why in the log."""
+    """A worker is ready if it can keep sessions alive, as in a full Redis; else the answer names Redis, the log why."""
     with serving(server.url) as app:
         alice = Caller(app)
         id = alice.open()
@@ -104,7 +104,7 @@ def test_keys(make_app: Callable[..., Flask]) -> None:
 
 
 def test_primary_elsewhere(server: RedisServer) -> None:
-    """Who is not ready since Redis has become a replica is ready again when another primary has its address.
+    """A worker whose Redis has become a replica is ready again when another primary has its address.
 
     No caller comes while it is not ready, so the question itself has to leave the old connections.
     """

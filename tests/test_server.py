@@ -195,7 +195,7 @@ def test_greedy_client(redis_server: RedisServer) -> None:
 
 @pytest.mark.parametrize("path", ["/sessions", "/sessions/{id}/heartbeat", "/sessions/revoke-all"])
 def test_chunked_body_too_large(port: int, id: str, path: str) -> None:
-    """A chunked body, whose length nobody has announced, is refused when it passes the bound."""
+    """A chunked body, whose length is not announced, is refused when it passes the bound."""
     chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
     chunks = [chunk] * (LARGEST_BODY // 0x4000 + 1) + [b"0\r\n\r\n"]
     fields = "Content-Type: application/json", "Transfer-Encoding: chunked"
@@ -222,7 +222,7 @@ def test_chunked_json(connection: http.client.HTTPConnection) -> None:
 
 @pytest.mark.parametrize("body", [b"zz\r\nx\r\n0\r\n\r\n", b"-1\r\n\r\n"])
 def test_broken_chunks(port: int, id: str, body: bytes) -> None:
-    """Chunks that are none are a 4xx and no trouble for anybody else."""
+    """Malformed chunks are a 4xx and no trouble for other callers."""
     fields = "Content-Type: application/json", "Transfer-Encoding: chunked"
     received, _ = raw(port, head("POST", f"/sessions/{id}/heartbeat", *fields) + body)
     assert re.match(rb"HTTP/1\.1 4[0-9][0-9] ", received)

@@ -164,7 +164,7 @@ def test_revoke_one(alice: Caller, database: redis.Redis) -> None:
 
 
 def test_revoke_all(alice: Caller, bob: Caller, database: redis.Redis) -> None:
-    """Revoking all ends every session of the caller, leaves no key of theirs, and nobody else's session ends."""
+    """Revoking all ends every session of the caller, leaves no key of theirs, and no other subject's session ends."""
     ids = [alice.open() for _ in range(3)]
     bobs = bob.open()
     assert alice.post("/sessions/revoke-all").status_code == 200
@@ -217,7 +217,7 @@ def test_never_issued(alice: Caller, database: redis.Redis, act: Callable, body:
 
 @pytest.mark.parametrize("act", [Caller.heartbeat, Caller.revoke, Caller.read])
 def test_another_subjects(alice: Caller, bob: Caller, database: redis.Redis, act: Callable) -> None:
-    """To everybody else a session looks byte for byte like a missing one, and their attempts do nothing to it."""
+    """To other callers a session looks byte for byte like a missing one, and their attempts do nothing to it."""
     id = alice.open()
     before = alice.read(id).json, database.pexpiretime(session_key("alice", id)), set(database.keys())
     assert answer(act(bob, id)) == answer(act(bob, NEVER_ISSUED))
@@ -273,7 +273,7 @@ def test_revoked_do_not_count(make_app: Callable[..., Flask], end: Callable) -> 
 
 
 def test_expired_do_not_count(make_app: Callable[..., Flask], database: redis.Redis, clock: Clock) -> None:
-    """Sessions that have idled out make room under the limit, although nobody has asked for the list."""
+    """Sessions that have idled out make room under the limit, although the list was not asked for."""
     alice = Caller(make_app(session_limit=2, session_absolute_seconds=clock.idle * 10))
     alice.open(), alice.open(idleTimeoutSeconds=clock.idle * 3)
     clock.sleep(clock.idle * 1.1)

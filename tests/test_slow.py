@@ -1,4 +1,4 @@
-"""A Redis that is slow, or that cannot be found: nobody waits for an answer for 2 seconds."""
+"""A Redis that is slow, or that cannot be found: no caller waits for an answer for 2 seconds."""
 
 import socket
 import time

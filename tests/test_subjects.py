@@ -59,7 +59,7 @@ def described(subject: object) -> str:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=described)
 def test_life(app: Flask, database: redis.Redis, subject: object) -> None:
-    """Whatever a subject is called, its sessions live and end as anybody's."""
+    """Whatever a subject is called, its sessions live and end like others."""
     caller = Caller(app, subject)
     id, other = caller.open(), caller.open()
     assert caller.heartbeat(id).status_code == 200

@@ -131,7 +131,7 @@ def cluster(authority: Authority, new_folder: Callable[[str], Path], place: str)
 
 @contextmanager
 def caller(url: str, **more: str) -> Iterator[Caller]:
-    """Somebody who speaks to an app with this environment."""
+    """A caller of an app with this environment."""
     app = create_app(Config.from_env({"REDIS_URL": url, "JWT_SECRET": SECRET, **more}))
     yield Caller(app)
     with suppress(redis.RedisError):  # a cluster that could not be reached

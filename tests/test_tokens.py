@@ -98,7 +98,7 @@ def good_of(size: int) -> str:
 
 
 def by_attacker(**header: object) -> str:
-    """Signed with RS256, by somebody else."""
+    """Signed with RS256, by another issuer."""
     return jwt.encode(claims(), private_key("attacker"), "RS256", headers=header)
 
 
@@ -229,7 +229,7 @@ def bad_claims(id: str, *without: str, **changed: object) -> Any:
         bad("exp Infinity", lambda: raw_exp("Infinity")),
         bad("exp beyond a double", lambda: raw_exp("1e999")),
         bad("exp of 5000 digits", lambda: raw_exp("9" * 5000)),
-        # who and for whom
+        # issuer and audience
         bad_claims("wrong issuer", iss="https://attacker.example"),
         bad_claims("issuer in part", iss=ISSUER[:-1]),
         bad_claims("issuer a list", iss=[ISSUER]),

@@ -1,4 +1,4 @@
-"""Records and indexes that something else has written: nobody else is harmed, and no session stays for ever."""
+"""Records and indexes that something else has written: other sessions go on, and none stays for ever."""
 
 import re
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def test_no_utf8(alice: Caller, database: redis.Redis, log: Log, field: str) -> 
 
 @pytest.mark.parametrize("backend", ["redis"], indirect=True)
 def test_no_utf8_in_the_index(alice: Caller, database: redis.Redis) -> None:
-    """An entry of the index that is no UTF-8 is no session and in nobody's way."""
+    """An entry of the index that is no UTF-8 is no session and spoils no other one."""
     id = alice.open()
     database.zadd(index_key("alice"), {b"\xff": 1})
     assert alice.ids() == [id]

@@ -65,7 +65,7 @@ def connect(config: Config) -> Servers:
     """The servers behind `config.redis_url`. They are reached when they are first used, and again after trouble.
 
     A call waits half the configured timeout for a connection out of the pool and the whole of it for an answer. The
-    clients repeat nothing; whoever calls knows what may be repeated.
+    clients repeat nothing; the caller knows what may be repeated.
     """
     url = urlsplit(config.redis_url)
     if url.scheme == "memory":
