@@ -66,6 +66,7 @@ class Unreader(SocketUnreader):
 
     received = 0  # bytes so far
     interrupted = False  # whether a read was given up: the reader of a body would take that for the body's end
+    deadline = None  # of all reads from here on, in seconds of time.monotonic()
 
     def chunk(self, size_hint=None):
         """Bytes from the socket; empty at its end. Raises TimeoutError at the deadline of the head."""
@@ -73,8 +74,8 @@ class Unreader(SocketUnreader):
         if self._reads:
             give_way()
         self._reads += 1
-        if self._deadline is not None:
-            self.sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        if self.deadline is not None:
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
         data = super().chunk(size_hint)
         self.received += len(data)
         self.interrupted = False
@@ -84,13 +85,9 @@ class Unreader(SocketUnreader):
         """Read as much as comes: it is seldom more than one packet."""
         self._reads, self.mxchunk = 0, 8192
 
-    def wait_until(self, deadline):
-        """Bound all reads from here on; `deadline` is in seconds of time.monotonic()."""
-        self._deadline = deadline
-
     def begin_body(self):
         """Read in small steps, since the chunks of a body can be of one byte; the app has a clock for them."""
-        self._deadline, self.mxchunk = None, 512
+        self.deadline, self.mxchunk = None, 512
         self.sock.settimeout(None)
 
 
@@ -139,13 +136,13 @@ class Request(GunicornRequest):
     def _whole_head(self, unreader):
         """The head up to its empty line, and what has come behind it. Raises as gunicorn's parser does."""
         unreader.begin_head()
-        unreader.wait_until(time.monotonic() + (self.cfg.keepalive or HEAD_SECONDS))
+        unreader.deadline = time.monotonic() + (self.cfg.keepalive or HEAD_SECONDS)
         head = unreader.read()
         if not head:
             raise StopIteration
         end = head.find(b"\r\n\r\n")
         if end < 0:
-            unreader.wait_until(time.monotonic() + HEAD_SECONDS)
+            unreader.deadline = time.monotonic() + HEAD_SECONDS
             head = bytearray(head)
             seen = 0
         while end < 0 and len(head) <= LARGEST_HEAD:

@@ -8,25 +8,12 @@ from flask import Flask, Request, Response, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app import metric_files
+from app.auth import REASONS
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 BEGAN = "session_heartbeat.began"  # in the environ of a request
 METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
-# Why tokens are refused: the contract's words.
-REFUSALS = (
-    "missing",
-    "malformed",
-    "expired",
-    "not_yet_valid",
-    "signature",
-    "issuer",
-    "audience",
-    "claim",
-    "subject",
-    "signed_out",
-    "scope",
-)
 
 
 class Metrics:
@@ -51,7 +38,8 @@ class Metrics:
         self._replaced = Counter("sessions_replaced", "Sessions ended to make room for others.", registry=registry)
         self._limits = Counter("session_limits_reached", "Sessions not opened, at the limit.", registry=registry)
         self._refused = Counter("tokens_refused", "Tokens refused, by reason.", ["reason"], registry=registry)
-        for reason in REFUSALS:
+        # What the contract calls the reasons.
+        for reason in {"missing", "malformed", "scope", "signed_out", *REASONS.values()}:
             self._refused.labels(reason)
         self._batches = Histogram(
             "heartbeat_batch_size",
