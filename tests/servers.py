@@ -49,7 +49,7 @@ def required(program: str) -> str:
     return path or pytest.skip(f"{program} is not on the PATH")
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait for a condition; connection trouble counts as not yet."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

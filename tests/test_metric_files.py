@@ -26,7 +26,8 @@ MISSING = "A" * 32
 
 @pytest.fixture
 def environ(redis_server: RedisServer, folder: Path) -> dict[str, str]:
-    """The service's environment, with a TMPDIR of its own."""
+    """The service's environment, with a TMPDIR of its own and no sessions."""
+    redis_server.client.flushall()
     return {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TMPDIR": str(folder), "PROMETHEUS_MULTIPROC_DIR": ""}
 
 

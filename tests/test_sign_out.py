@@ -92,7 +92,7 @@ def test_only_opening(app: Flask) -> None:
 
 def test_many_sessions(make_app: Callable[..., Flask], database: redis.Redis) -> None:
     """Of a thousand sessions the spared one stays, in the index as well, and nothing else."""
-    alice = issued(make_app(session_limit=1000), -10)
+    alice = issued(make_app(session_limit=1000, session_idle_seconds=600, session_absolute_seconds=600), -10)
     ids = [alice.open() for _ in range(1000)]
     response = sign_out(alice, exceptSessionId=ids[500])
     assert (response.status_code, response.headers["Sessions-Revoked"]) == (200, "999")
