@@ -96,11 +96,9 @@ class Metrics:
         self._heartbeats[outcome].inc(number)
 
     def opened(self) -> None:
-        """Count a session that was opened."""
         self._opened.inc()
 
     def revoked(self, number: int) -> None:
-        """Count sessions that were revoked."""
         self._revoked.inc(number)
 
     def replaced(self) -> None:
@@ -112,7 +110,6 @@ class Metrics:
         self._limits.inc()
 
     def token_refused(self, reason: str) -> None:
-        """Count a token that was refused."""
         self._refused.labels(reason).inc()
 
     def key_set_fetched(self, at: float | None) -> None:

@@ -14,13 +14,7 @@ from app.deadline import give_way
 from app.events import emit
 from app.metrics import Metrics
 from app.responses import HeartbeatResponse, rfc3339
-from app.schemas import (
-    SESSION_ID,
-    HeartbeatManySchema,
-    OpenSchema,
-    RevokeAllSchema,
-    SessionSchema,
-)
+from app.schemas import SESSION_ID, HeartbeatManySchema, OpenSchema, RevokeAllSchema, SessionSchema
 from app.store import CHUNK, Renewal, SessionNotFound, SessionStore, StoreUnavailable
 
 # As some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
@@ -98,9 +92,7 @@ def endpoint(
     return register
 
 
-@endpoint(
-    "POST", "/<session_id:id>/heartbeat", failed="Failed to update session", not_found="Session not found or expired"
-)
+@endpoint("POST", "/<session_id:id>/heartbeat", failed="Failed to update session", not_found=ENDED)
 def heartbeat(id: str) -> Response:
     """Keep a session alive.
 
