@@ -74,7 +74,7 @@ def metrics() -> Response:
     def collect() -> bytes:
         moment = CollectorRegistry()
         moment.register(Moment())
-        # The moment first: its probe waits, and who asks meanwhile shares what the rest takes.
+        # The moment first: its probe waits, and callers that ask meanwhile share the work of the rest.
         text = generate_latest(moment)
         return generate_latest(metric_files.of_all_workers() or counted.registry) + text
 

@@ -54,7 +54,7 @@ def end_sessions(
 ) -> int:
     """End one session of a subject, or all but one, or all; log and count it. Gives the number of those ended.
 
-    With `refuse_earlier_tokens` those who hold a token from before cannot open a new one; not for one session alone.
+    With `refuse_earlier_tokens` tokens issued before open no session any more; not for one session alone.
 
     Raises SessionNotFound where that one is not there, and StoreUnavailable: then it may have been ended all the same.
     """

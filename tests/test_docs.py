@@ -1,4 +1,4 @@
-"""The API as a page: Swagger UI, served here and asking nobody else."""
+"""The API as a page: Swagger UI, served here and asking no other server."""
 
 import json
 import re
@@ -221,7 +221,7 @@ def test_phone(phone: None, page: Browser) -> None:
 
 @root_only
 def test_filled_in(page: Browser) -> None:
-    """What the page fills in names no idle timeout, session or subject: whoever tries it out gets no surprise."""
+    """What the page fills in names no idle timeout, session or subject: trying it out has no surprise."""
     filled_in = {}
     for operation in ("open_session", "heartbeat", "get_session", "revoke", "revoke_all"):
         block = unfold(page, operation)

@@ -52,7 +52,7 @@ def test_kept_out(app: Flask) -> None:
 
 
 def test_without_it(app: Flask) -> None:
-    """A revoke-all that does not ask for it, or says false, keeps nobody out."""
+    """A revoke-all that does not ask for it, or says false, refuses no token."""
     alice = issued(app, -10)
     for body in ({}, {"refuseEarlierTokens": False}):
         alice.open()
@@ -177,7 +177,7 @@ def test_only_true_and_false(app: Flask, database: redis.Redis, value: object) -
 
 @fake_only
 def test_null(app: Flask) -> None:
-    """A body that is null is refused: whoever meant to keep somebody out must not just end sessions."""
+    """A body that is null is refused: a caller that meant to refuse tokens must not just end sessions."""
     alice = Caller(app)
     id = alice.open()
     answer = alice.post("/sessions/revoke-all", data="null", content_type="application/json")
@@ -187,7 +187,7 @@ def test_null(app: Flask) -> None:
 
 @fake_only
 def test_log(app: Flask, log: Log) -> None:
-    """The sign-out says so in its line, also where no session was alive, and who is kept out is a token refused."""
+    """Its line says so, also where no session was alive, and an open that it keeps out is a refused token."""
     alice = issued(app, -10)
     for _ in range(12):
         sign_out(alice)

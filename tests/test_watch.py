@@ -154,7 +154,7 @@ def test_forbidden(server: RedisServer) -> None:
 
 
 def test_rights(server: RedisServer) -> None:
-    """A user who may subscribe, and see what Redis is set to tell, needs no other rights."""
+    """A user that may subscribe, and see what Redis is set to tell, needs no other rights."""
     rights = ["on", ">pw", "-@all", "+psubscribe", "+ping", "+config|get", "allchannels"]
     server.client.execute_command("ACL", "SETUSER", "app", *rights)
     with watching(f"unix://app:pw@{server.socket}") as watcher:

@@ -83,7 +83,7 @@ class GroupCommit:
 
 
 class SharedCall(Generic[T]):
-    """A call that runs once at a time: whoever makes it while it runs gets the result that it has then."""
+    """A call that runs once at a time: callers that make it while it runs share its result."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()

@@ -1,4 +1,4 @@
--- End a subject's sessions, and keep out those who hold a token from before: open.lua looks at the instant.
+-- End a subject's sessions, and refuse new ones to tokens issued before: open.lua looks at the instant.
 --
 -- KEYS[1]  sessions:{owner}
 -- KEYS[2]  sessions-signed-out:{owner}
