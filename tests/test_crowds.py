@@ -15,7 +15,9 @@ from app.store.batching import Abandoned, SharedCall
 from tests.conftest import SECRET, Caller
 from tests.servers import RedisServer, SlowWay
 
-CROWD = 80  # callers at once: eight times as many as there are connections to Redis
+pytestmark = pytest.mark.alone
+
+CROWD = 40  # callers at once: four times as many as there are connections to Redis
 SECONDS = 0.1  # that a reply takes
 
 
