@@ -41,6 +41,8 @@ HEAD_SECONDS = 5.0  # for a whole head, from its first byte on
 DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024, 0.1
 # What is read after the last answer on a connection: closing it with unread bytes would destroy the answer on its way.
 LINGER_BYTES, LINGER_SECONDS = 1024 * 1024, 1.0
+# After an answer of more than this the other connections have their turn; gunicorn.conf.py counts smaller ones.
+LARGE_ANSWER = 64 * 1024  # bytes
 
 # The answers to what cannot be parsed, and to what is no fault of the client's.
 REFUSALS = {
@@ -211,6 +213,8 @@ class Response(wsgi.Response):
         super().close()
         if self.undrained:
             linger(self.sock)
+        elif self.sent > LARGE_ANSWER:
+            give_way()
 
     def _send_head(self, data=b""):
         """Send the head, where it has not been sent, and data."""

@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from flask import Flask, Request
 from flask_cors import CORS
@@ -48,7 +48,7 @@ class APIFlask(Flask):
             raise NotFound
         path = request.path
         if "%2" in environ.get("RAW_URI", ""):
-            path = unquote(re.sub("%2f", "%252F", environ["RAW_URI"].partition("?")[0], flags=re.IGNORECASE))
+            path = unquote(re.sub("%2f", "%252F", urlsplit(environ["RAW_URI"]).path, flags=re.IGNORECASE))
         # Made here: Map.bind would encode the name of the host anew.
         return MapAdapter(self.url_map, "localhost", request.root_path or "/", "", "http", path, request.method)
 

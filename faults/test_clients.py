@@ -361,6 +361,7 @@ ODD_LINES = {
     "HTTP/2.0": ("POST {path} HTTP/2.0", [400]),
     "a lower-case method": ("post {path} HTTP/1.1", [400]),
     "an absolute URI": ("POST http://x{path} HTTP/1.1", [200]),
+    "an absolute URI with an escape": ("POST http://x{path}?x=%2f HTTP/1.1", [200]),
     "an absolute URI of another host": ("POST http://elsewhere:99999{path} HTTP/1.1", [200, 400, 404]),
     "half an IPv6 URI": ("POST http://[{path} HTTP/1.1", [400]),
     "two slashes": ("GET //sessions HTTP/1.1", [404]),

@@ -92,6 +92,15 @@ def endless(head: bytes, piece: bytes, pieces_a_second: int) -> Callable[[int], 
     return attack
 
 
+def large_files(port: int) -> None:
+    """Requests for a large file, one behind the other, whose answers are taken in at once and dropped."""
+    with connect(port) as connection:
+        connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        end = time.monotonic() + 1
+        while time.monotonic() < end and connection.recv(1 << 20):
+            pass
+
+
 ATTACKS = {
     "names that are dropped": once(GET + b"_:\r\n" * 200_000 + b"\r\n"),
     "trailers that are dropped": once(OPEN + b"\r\n0\r\n" + b"_:\r\n" * 150_000 + b"\r\n"),
@@ -115,6 +124,7 @@ ATTACKS = {
     "many small packets of a head": endless(GET, b"z", 50),
     "empty lines": once(b"\r\n" * 50_000),
     "no line at all": once(b"x" * 500_000),
+    "large files, one behind the other": large_files,
     "a request line of slashes": once(b"GET /" + b"/" * 4000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
 }
 
