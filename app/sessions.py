@@ -10,12 +10,12 @@ from werkzeug.routing import BaseConverter
 
 from app.auth import requires_token
 from app.bodies import drain_body, load_body
-from app.deadline import give_way
+from app.deadline import giving_way
 from app.events import emit
 from app.metrics import Metrics
 from app.responses import HeartbeatResponse, rfc3339
 from app.schemas import SESSION_ID, HeartbeatManySchema, OpenSchema, RevokeAllSchema, SessionSchema
-from app.store import CHUNK, Renewal, SessionNotFound, SessionStore, StoreUnavailable
+from app.store import Renewal, SessionNotFound, SessionStore, StoreUnavailable
 
 # As some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
 WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")
@@ -129,11 +129,8 @@ def heartbeat_many() -> dict[str, Any]:
 @endpoint("GET", "", failed="Failed to retrieve sessions")
 def list_sessions() -> dict[str, Any]:
     """List the caller's live sessions, the most recently active first."""
-    sessions, schema = [], SessionSchema()
-    for number, session in enumerate(store().list(g.caller.subject), 1):
-        sessions.append(schema.dump(session))
-        if number % CHUNK == 0:
-            give_way()
+    schema = SessionSchema()
+    sessions = [schema.dump(session) for session in giving_way(store().list(g.caller.subject))]
     return {"success": True, "sessions": sessions}
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from cachetools import LRUCache
 
 from app.config import Config
-from app.deadline import give_way
+from app.deadline import giving_way
 from app.store.connect import Servers
 from app.store.runner import Call, Observe, Runner, Script, StoreUnavailable, Unreadable
 
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that RFC 3339 can write
 SIGNED_OUT_SECONDS = 30 * 86400  # that a sign-out is remembered at the least
-CHUNK = 50  # sessions of a long list that are worked on before a worker's other requests have their turn
 
 
 class SessionNotFound(Exception):
@@ -160,12 +159,10 @@ class SessionStore:
         with suppress(StoreUnavailable):
             self._runner.calls(REVOKE, [_revocation(subject, id) for id in dead])
         live = []
-        for number, (id, reply) in enumerate(zip(ids, replies)):
+        for id, reply in giving_way(zip(ids, replies)):
             if reply is not None:
                 with suppress(Unreadable):
                     live.append(self._session(subject, id, reply))
-            if number % CHUNK == 0:
-                give_way()
         return sorted(live, key=lambda session: session.last_activity_ms, reverse=True)
 
     def heartbeat(self, subject: str, id: str) -> Renewal:
