@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 
+import gevent
+
 import gunicorn_edge
 import gunicorn_metrics
 
 SHARED_MEMORY = "/dev/shm"
-REQUESTS_A_TURN = 16  # of a worker, before it looks what other clients have sent
+REQUESTS_A_TURN = 16  # of a worker, before it looks what has arrived for the others
 READ_SECONDS = 20  # in which a client takes in what it is sent, or something of it
 
 # A connection is a file, and the soft limit is often 1024.
@@ -90,9 +92,15 @@ post_worker_init = gunicorn_edge.log_uncaught
 
 
 def post_request(worker, req, environ, resp):
-    """Give way to the others: a client that always has the next request ready would have a worker for itself."""
+    """Give way to the others: a client that always has the next request ready would have a worker for itself.
+
+    After most requests only to those whose requests or replies are there already, which takes a microsecond and saves
+    more than that: the next request often arrives meanwhile, and more heartbeats share a round trip.
+    """
     if worker.nr % REQUESTS_A_TURN == 0:
         gunicorn_edge.give_way()
+    else:
+        gevent.sleep(0)
 
 
 def on_starting(server):

@@ -1,10 +1,11 @@
 """Callers that are waiting together share one round trip, or one call."""
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
+
+from app.deadline import give_way
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class GroupCommit:
         try:
             if batch.previous is not None:
                 batch.previous.wait()
-                time.sleep(0)  # callers that are ready already join this batch, not the next one
+                give_way()  # callers whose requests are there already join this batch, not the next one
             with self._mutex:
                 self._collecting = None  # the next caller opens the next batch
             batch.replies = self._send(batch.commands)
