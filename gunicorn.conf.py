@@ -1,6 +1,7 @@
 """How gunicorn serves the app. The command line and GUNICORN_CMD_ARGS win over what stands here."""
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -88,7 +89,12 @@ logconfig_dict = {
 }
 
 
-post_worker_init = gunicorn_edge.log_uncaught
+def post_worker_init(worker):
+    """Prepare a worker that has loaded the app."""
+    gunicorn_edge.log_uncaught(worker)
+    # What is there from the start stays: collecting garbage need not look through it, in a twentieth of all its time.
+    gc.collect()
+    gc.freeze()
 
 
 def post_request(worker, req, environ, resp):

@@ -5,6 +5,7 @@
 - `Unreader`: a connection that always has something to read gives way to the others between reads.
 - `Parser`, `Response.send_headers`: the rest of a body that the app has not read is bounded in size and time.
 - `Response`: head and body of an answer in one packet, 250 instead of 320 microseconds of a worker.
+- `http_date`, `WSGIErrorsWrapper`: made once a second and once, not for each request; 10 microseconds.
 - `log_uncaught`: what gevent and threads would print is a line of JSON, and ten of a kind a second at most.
 - `Logger`: no access log, whose preparation costs a tenth of a heartbeat even where no line is written.
 
@@ -12,11 +13,13 @@ Everything else is gunicorn's. `tests/test_edge.py` has a test for each change.
 """
 
 import contextlib
+import functools
 import json
 import socket
 import sys
 import threading
 import time
+from email.utils import formatdate
 from http import HTTPStatus
 
 import gevent
@@ -220,7 +223,9 @@ class Response(wsgi.Response):
         """Send the head, where it has not been sent, and data."""
         data, self.head = self.head + data, b""
         if data:
-            self.sock.sendall(data)
+            sent = self.sock.send(data)  # sendall begins with a system call more
+            if sent < len(data):
+                self.sock.sendall(data[sent:])
 
 
 def linger(sock):
@@ -306,6 +311,19 @@ def log_uncaught(worker):
     threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-# gunicorn asks for these two by their names; the worker and the log are settings.
+@functools.lru_cache(1)
+def date_at(second):
+    """The Date of an answer (RFC 9110 §6.6.1), which names no fraction of a second."""
+    return formatdate(second, usegmt=True)
+
+
+def http_date(timestamp=None):
+    """gunicorn's function of that name."""
+    return date_at(int(time.time() if timestamp is None else timestamp))
+
+
+# gunicorn asks for these by their names; the worker and the log are settings.
 gunicorn_http.RequestParser = Parser
 wsgi.Response = Response
+wsgi.WSGIErrorsWrapper = functools.cache(wsgi.WSGIErrorsWrapper)
+util.http_date = http_date

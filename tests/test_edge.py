@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,28 @@ def test_one_packet(port: int) -> None:
         for _ in range(20):
             connection.sendall(GET + b"\r\n")
             assert connection.recv(65536).endswith(b'{"status": "ok"}')
+
+
+def test_date(port: int) -> None:
+    """Each answer has the Date of its second, in the form of RFC 9110 §5.6.7."""
+    with connect(port) as connection:
+
+        def date() -> str:
+            connection.sendall(GET + b"\r\n")
+            [found] = re.findall(r"\r\nDate: (.*)\r\n", connection.recv(65536).decode())
+            assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", found)
+            assert -0.1 < time.time() - parsedate_to_datetime(found).timestamp() < 1.5
+            return found
+
+        first = date()
+        until(lambda: date() != first, 3)
+
+
+def test_error_stream() -> None:
+    """gunicorn makes one stream for `wsgi.errors`, under the name by which it is replaced, not one for each request."""
+    code = "import gunicorn_edge as e, gunicorn.config as c; c = c.Config(); make = e.wsgi.base_environ; "
+    code += "assert make(c)['wsgi.errors'] is make(c)['wsgi.errors']"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
 
 
 @pytest.mark.parametrize("method, path", [("HEAD", "/healthz"), ("HEAD", "/docs/swagger-ui.css")])
