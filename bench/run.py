@@ -34,7 +34,6 @@ from app.store import SessionStore, session_key  # noqa: E402
 from app.store.connect import OnePrimary  # noqa: E402
 from tests.servers import RedisServer, free_port, running, until  # noqa: E402
 
-WORKERS = 2
 SUBJECT = "bench"
 SECRET = "a-secret-for-the-benchmark-and-nothing-else"
 
@@ -48,17 +47,24 @@ class Service:
     """One WSGI app under gunicorn."""
 
     def __init__(
-        self, stack: ExitStack, app: str, options: Sequence[str] = OURS, folder: Path = ROOT, **environ: str
+        self,
+        stack: ExitStack,
+        app: str,
+        workers: int,
+        options: Sequence[str] = OURS,
+        folder: Path = ROOT,
+        **environ: str,
     ) -> None:
         self.port = free_port()
-        env = {**os.environ, "PORT": str(self.port), "WEB_CONCURRENCY": str(WORKERS), **environ}
+        self._number = workers
+        env = {**os.environ, "PORT": str(self.port), "WEB_CONCURRENCY": str(workers), **environ}
         command = [sys.executable, "-m", "gunicorn", app, *options, "--log-level", "warning"]
         env["PYTHONPATH"] = str(ROOT)
         self._process = stack.enter_context(running(command, cwd=folder, env=env, stdout=subprocess.DEVNULL))
 
     def wait_until_ready(self) -> None:
         """Several services start faster together than one after the other."""
-        until(lambda: len(self._workers()) == WORKERS and self._answers(), 60)
+        until(lambda: len(self._workers()) == self._number and self._answers(), 60)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -98,17 +104,20 @@ class Bench:
         self._seconds = 1 if smoke else 2
         self._rounds = 1 if smoke else 5
         self._many = 10_000 if smoke else 1_000_000
+        self._connections = 2 if smoke else 64
+        workers = 1 if smoke else 2
         self.redis = stack.enter_context(RedisServer(folder))
         keys = {"RS256": rsa.generate_private_key(65537, 2048), "ES256": ec.generate_private_key(ec.SECP256R1())}
         self._signers = {"HS256": SECRET, **{name: _private_pem(key) for name, key in keys.items()}}
         ours = {"REDIS_URL": self.redis.url, "SESSION_LIMIT": "1000"}
-        self.ours = Service(stack, "wsgi:app", JWT_SECRET=SECRET, **ours)
+        self.ours = Service(stack, "wsgi:app", workers, JWT_SECRET=SECRET, **ours)
         self.asymmetric = {
-            name: Service(stack, "wsgi:app", JWT_PUBLIC_KEY=_public_pem(key), **ours) for name, key in keys.items()
+            name: Service(stack, "wsgi:app", workers, JWT_PUBLIC_KEY=_public_pem(key), **ours)
+            for name, key in keys.items()
         }
-        self.stock = Service(stack, "bench.empty:app", STOCK, folder)
-        self.empty = Service(stack, "bench.empty:app")
-        self.plain = Service(stack, "bench.plain:app", JWT_SECRET=SECRET, REDIS_URL=self.redis.url)
+        self.stock = Service(stack, "bench.empty:app", workers, STOCK, folder)
+        self.empty = Service(stack, "bench.empty:app", workers)
+        self.plain = Service(stack, "bench.plain:app", workers, JWT_SECRET=SECRET, REDIS_URL=self.redis.url)
         self._services = [self.ours, *self.asymmetric.values(), self.stock, self.empty, self.plain]
         for service in self._services:
             service.wait_until_ready()
@@ -174,7 +183,7 @@ class Bench:
         }
 
     def _drive(self, service: Service, requests: Path, connections: int = 64, **options: Any) -> dict[str, float]:
-        return service.drive(requests, connections, self._seconds, **options)
+        return service.drive(requests, min(connections, self._connections), self._seconds, **options)
 
     def _fill(self, number: int) -> None:
         """Sessions 1 to `number` of one subject, in an otherwise empty Redis."""

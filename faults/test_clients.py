@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn_logged, gunicorn_process, log_lines, until
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 WORKERS = 2
 AUTHORIZATION = f"Authorization: Bearer {token()}\r\n"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -30,7 +30,7 @@ def report(load: Load, what: str) -> None:
     print(f"\n{what}: 500s for {load.trouble():.1f} s, slowest {load.slowest():.2f} s, {dict(load.statuses())}")
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_hangs(server: RedisServer, load: Load) -> None:
     """While Redis hangs each caller gets an answer within 2 s, other routes answer as ever, and it recovers soon."""
     with load:

@@ -132,7 +132,7 @@ class Wire:
         return [-command if command < 100 else ValueError(command) for command in commands]
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @both
 def test_alone() -> None:
     """A command that comes alone goes out at once, by its caller's own hand, as a batch of one."""
@@ -385,7 +385,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
         return error, time.monotonic() - began
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @on_redis
 @both
 def test_redis_killed() -> None:
@@ -432,7 +432,7 @@ def test_scripts_lost() -> None:
         assert flushed > 10
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @on_redis
 @both
 def test_several_subjects() -> None:
@@ -487,7 +487,7 @@ def test_redis_stalled() -> None:
         assert seconds < 1
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @on_redis
 @both
 def test_redis_stalled_and_the_pool_in_use() -> None:

@@ -15,7 +15,7 @@ from app.store.batching import Abandoned, SharedCall
 from tests.conftest import SECRET, Caller
 from tests.servers import RedisServer, SlowWay
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 CROWD = 40  # callers at once: four times as many as there are connections to Redis
 SECONDS = 0.1  # that a reply takes

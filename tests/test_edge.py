@@ -130,7 +130,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ATTACKS)
 def test_other_callers_do_not_wait(port: int, name: str) -> None:
     """While a stranger tries it over several connections, a heartbeat of another caller is answered soon, each time."""

@@ -291,7 +291,7 @@ def test_fetch_under_way(issuer: Issuer, key: Key, monkeypatch: pytest.MonkeyPat
     assert issuer.requests == 3
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_hanging_issuer(issuer: Issuer, key: Key) -> None:
     """While the issuer hangs, unknown key ids wait a second and known ones not at all."""
     app = app_of(issuer)
@@ -307,7 +307,7 @@ def test_hanging_issuer(issuer: Issuer, key: Key) -> None:
         assert max(call.result()[1] for call in unknown) < 3
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @pytest.mark.parametrize("trouble", [*TROUBLES, pytest.param(answers(delay=60.0), id="hanging")])
 def test_no_key_ever(
     issuer: Issuer, key: Key, trouble: Callable[[Issuer], None], monkeypatch: pytest.MonkeyPatch

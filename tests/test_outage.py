@@ -91,7 +91,7 @@ def test_token_comes_first(app: Flask, server: RedisServer, method: str, path: s
     assert app.test_client().open(path.format(id=MISSING), method=method).status_code == 401
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_readiness(alice: Caller, server: RedisServer) -> None:
     """Liveness does not depend on Redis; readiness does, within 2 seconds, and comes back by itself."""
     for hurt, heal in (
@@ -109,7 +109,7 @@ def test_readiness(alice: Caller, server: RedisServer) -> None:
         assert [alice.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @each_endpoint
 def test_hangs(alice: Caller, server: RedisServer, id: str, method: str, path: str) -> None:
     """A Redis that does not answer is an error within 2 seconds, and forgotten as soon as it answers again."""
@@ -122,7 +122,7 @@ def test_hangs(alice: Caller, server: RedisServer, id: str, method: str, path: s
     assert time.monotonic() - began < 1
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_hangs_and_the_session_lives(alice: Caller, server: RedisServer, id: str) -> None:
     """Within a second after Redis answers again a heartbeat succeeds."""
     server.process.send_signal(signal.SIGSTOP)
@@ -131,7 +131,7 @@ def test_hangs_and_the_session_lives(alice: Caller, server: RedisServer, id: str
     until(lambda: alice.heartbeat(id).status_code == 200, seconds=1)
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_crowd(app: Flask, server: RedisServer, id: str) -> None:
     """Many more callers than there are connections all get their answer within 2 seconds while Redis hangs."""
     server.process.send_signal(signal.SIGSTOP)

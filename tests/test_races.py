@@ -268,7 +268,7 @@ def test_open_without_the_right_to_the_index(own: tuple[redis.Redis, Caller]) ->
     assert database.keys() == []
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 @pytest.mark.usefixtures("backend")
 def test_long_list(redis_server: RedisServer) -> None:
     """While several callers list a thousand sessions each, all within 2 s, another one's heartbeats go on."""

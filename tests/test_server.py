@@ -117,7 +117,7 @@ def test_heartbeats_together(connection: http.client.HTTPConnection, port: int, 
         assert [status for statuses in pool.map(beat, range(30)) for status in statuses] == [200] * 150
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_unfinished_body(port: int, id: str) -> None:
     """A body that does not arrive, or arrives by drips, is a 408 within 4 seconds, and the connection is closed."""
     fields = "Content-Type: application/json", "Content-Length: 100"
@@ -152,7 +152,7 @@ def test_body_that_breaks_off(
     assert received.startswith(b"HTTP/1.1 400 ")
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_others_do_not_wait(connection: http.client.HTTPConnection, port: int, id: str) -> None:
     """While a hundred clients keep the service waiting for their bodies, a heartbeat is answered at once."""
     start = head("POST", "/sessions", "Content-Type: application/json", "Content-Length: 100")
@@ -168,7 +168,7 @@ def test_others_do_not_wait(connection: http.client.HTTPConnection, port: int, i
             each.close()
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_greedy_client(redis_server: RedisServer) -> None:
     """A client whose next request is always there already leaves the others their turn."""
 
@@ -255,7 +255,7 @@ def test_script_name(connection: http.client.HTTPConnection, id: str) -> None:
         response.read()
 
 
-@pytest.mark.alone
+@pytest.mark.timed
 def test_stops(redis_server: RedisServer) -> None:
     """SIGTERM ends the service in good order and, when no connection is open, at once."""
     with gunicorn_process({"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET}, workers=2) as (process, port):

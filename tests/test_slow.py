@@ -13,7 +13,7 @@ import requests
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, SlowWay, gunicorn, gunicorn_logged, log_lines
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 HEADERS = {"Authorization": f"Bearer {token()}"}
 MISSING = "A" * 32
 REQUESTS: list[tuple[str, str, object]] = [

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 from tests.servers import ROOT, required
 
 FIGURES = {
@@ -36,7 +34,6 @@ FIGURES = {
 }
 
 
-@pytest.mark.alone
 def test_smoke() -> None:
     """A short run gives every figure, and each is more than zero."""
     required("wrk")

@@ -140,6 +140,7 @@ def call(url: str, subject: str, action: str, body: bytes | None = None) -> int:
         connection.close()
 
 
+@pytest.mark.timed
 def test_stays_alive(start: Start, server: RedisServer, url: str) -> None:
     """A loop keeps the session that it has opened alive, well past the idle timeout."""
     loops = start(url, with_token=True)

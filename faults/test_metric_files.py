@@ -100,8 +100,7 @@ def test_killed_master(environ: dict[str, str]) -> None:
             killed.kill()
             killed.wait()
             until(lambda: not any(Path(f"/proc/{id}").exists() for id in workers))
-        assert left.exists()
-        with gunicorn_process(environ) as (next_one, _):
+        with gunicorn_process(environ) as (next_one, _):  # or at that of another service on this machine
             assert folder_of(next_one) != left
             assert not left.exists()
         assert folder_of(living).exists()
