@@ -10,9 +10,9 @@ from marshmallow import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from app.auth import InsufficientScope, TokenInvalid, TokenMissing
-from app.events import allowed, emit, request_id
+from app.events import allowed, emit, peer_address, request_id
 from app.keys import KeysUnavailable
-from app.sessions import counted, peer_address
+from app.metrics import counted
 from app.store import SessionNotFound, SignedOut, StoreUnavailable, TooManySessions
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import TextIO
 
 from flask import Response, after_this_request, current_app, g, has_request_context, request
@@ -16,6 +17,9 @@ log = logging.getLogger("sessions")
 
 # A caller can cause as many of these as it sends requests, and none of them changes a session.
 LIMITED = frozenset(["limit_reached", "session_not_found", "sessions_not_found", "scope_refused", "token_refused"])
+
+# An address as some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
+WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")
 
 
 class LineLimiter:
@@ -96,6 +100,16 @@ def logged_to(stream: TextIO) -> Iterator[None]:
 def pseudonym(value: str) -> str:
     """What stands for a subject or a session id in the logs."""
     return current_app.extensions["config"].pseudonym(value)  # type: ignore[no-any-return]
+
+
+def peer_address() -> str | None:
+    """The caller's IP address, or None where a proxy names something else."""
+    try:
+        address = ip_address(WITH_PORT.sub(r"\1\2", request.remote_addr or ""))
+    except ValueError:
+        return None
+    # An IPv4 client on an IPv6 socket (RFC 4291 §2.5.5.2). A zone means something on the proxy's machine only.
+    return str(getattr(address, "ipv4_mapped", None) or address).partition("%")[0]
 
 
 def request_id() -> str:

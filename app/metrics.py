@@ -4,15 +4,16 @@ import re
 import time
 from collections.abc import Callable
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, Response, current_app, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app import metric_files
-from app.auth import REASONS
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 BEGAN = "session_heartbeat.began"  # in the environ of a request
 METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
+# Why a token is refused, in the contract's words (§2).
+REFUSALS = "missing malformed signature expired not_yet_valid issuer audience claim subject scope signed_out".split()
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
 
 
@@ -38,8 +39,7 @@ class Metrics:
         self._replaced = Counter("sessions_replaced", "Sessions ended to make room for others.", registry=registry)
         self._limits = Counter("session_limits_reached", "Sessions not opened, at the limit.", registry=registry)
         self._refused = Counter("tokens_refused", "Tokens refused, by reason.", ["reason"], registry=registry)
-        # What the contract calls the reasons.
-        for reason in {"missing", "malformed", "scope", "signed_out", *REASONS.values()}:
+        for reason in REFUSALS:
             self._refused.labels(reason)
         self._batches = Histogram(
             "heartbeat_batch_size",
@@ -124,3 +124,8 @@ class Metrics:
         self._round_trips.labels(script).observe(seconds)
         if script == "heartbeat":
             self._batches.observe(size)
+
+
+def counted() -> Metrics:
+    """The metrics of the app that is at work."""
+    return current_app.extensions["metrics"]  # type: ignore[no-any-return]

@@ -2,23 +2,19 @@
 
 import re
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, request, url_for
+from flask import Blueprint, Response, current_app, g, url_for
 from werkzeug.routing import BaseConverter
 
 from app.auth import requires_token
 from app.bodies import drain_body, load_body
 from app.deadline import giving_way
-from app.events import emit
-from app.metrics import Metrics
+from app.events import emit, peer_address
+from app.metrics import counted
 from app.responses import HeartbeatResponse, rfc3339
 from app.schemas import SESSION_ID, HeartbeatManySchema, OpenSchema, RevokeAllSchema, SessionSchema
 from app.store import Renewal, SessionNotFound, SessionStore, StoreUnavailable
-
-# As some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
-WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")
 
 ENDED = "Session not found or expired"  # at this a device opens a new session
 
@@ -34,12 +30,7 @@ class SessionIdConverter(BaseConverter):
 
 
 def store() -> SessionStore:
-    # Not through the proxy, which would take four times as long.
-    return current_app._get_current_object().extensions["session_store"]  # type: ignore[no-any-return,attr-defined]
-
-
-def counted() -> Metrics:
-    return current_app.extensions["metrics"]  # type: ignore[no-any-return]
+    return current_app.extensions["session_store"]  # type: ignore[no-any-return]
 
 
 def well_formed(id: str) -> str:
@@ -189,13 +180,3 @@ def heartbeat_result(id: str, renewal: Renewal | None) -> dict[str, Any]:
     if renewal is None:
         return {"id": id, "success": False, "error": ENDED}
     return {"id": id, "success": True, "newExpiry": rfc3339(renewal.expires_at_ms)}
-
-
-def peer_address() -> str | None:
-    """The caller's IP address, or None where a proxy names something else."""
-    try:
-        address = ip_address(WITH_PORT.sub(r"\1\2", request.remote_addr or ""))
-    except ValueError:
-        return None
-    # An IPv4 client on an IPv6 socket (RFC 4291 §2.5.5.2). A zone means something on the proxy's machine only.
-    return str(getattr(address, "ipv4_mapped", None) or address).partition("%")[0]

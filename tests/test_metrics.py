@@ -13,11 +13,12 @@ import requests
 from flask import Flask, Response, request, request_started
 from prometheus_client.parser import text_string_to_metric_families
 
+from app import auth
 from tests.conftest import SECRET, Caller, Log, fake_only, token
 from tests.servers import ROOT, RedisServer, gunicorn
 
 HEARTBEAT = "/sessions/{id}/heartbeat"
-REASONS = "missing malformed expired not_yet_valid signature issuer audience claim subject".split()
+REASONS = "missing malformed expired not_yet_valid signature issuer audience claim subject scope signed_out".split()
 
 
 def samples(text: str) -> dict[tuple[str, frozenset], float]:
@@ -84,6 +85,7 @@ def test_just_begun(count: Callable[..., float], app: Flask) -> None:
         assert counted[f"{name}_total", frozenset()] == 0
     for outcome in ("renewed", "not_found", "failed"):
         assert counted["heartbeats_total", frozenset({("outcome", outcome)})] == 0
+    assert set(auth.REASONS.values()) < set(REASONS)
     for reason in REASONS:
         assert counted["tokens_refused_total", frozenset({("reason", reason)})] == 0
     assert counted["key_set_fetched_timestamp_seconds", frozenset()] == 0
