@@ -45,7 +45,7 @@ def test_idle(alice: Caller, clock: Clock) -> None:
     clock.sleep(clock.idle * 0.6)
     assert alice.heartbeat(id).status_code == 200
     clock.sleep(clock.idle * 1.1)
-    assert alice.heartbeat(id).json == {"success": False, "error": "Session not found or expired"}
+    assert alice.heartbeat(id).json == EXPIRED
     assert alice.ids() == []
 
 
