@@ -43,7 +43,7 @@ def addresses(port):
 
 
 port = os.environ.get("PORT", "").strip()
-bind = addresses(port) if port.isdecimal() else ["127.0.0.1:8000"]  # what is no number is refused with all the rest
+bind = addresses(port) if port.isdecimal() else ["127.0.0.1:8000"]  # app/config.py refuses what is no number
 
 # A token of 16 KB fits in one field. gunicorn_edge.py bounds the head as a whole.
 limit_request_field_size = 17 * 1024

@@ -44,7 +44,7 @@ HEAD_SECONDS = 5.0  # for a whole head, from its first byte on
 DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024, 0.1
 # What is read after the last answer on a connection: closing it with unread bytes would destroy the answer on its way.
 LINGER_BYTES, LINGER_SECONDS = 1024 * 1024, 1.0
-# After an answer of more than this the other connections have their turn; gunicorn.conf.py counts smaller ones.
+# After a larger answer the worker gives way at once; after smaller ones post_request in gunicorn.conf.py decides.
 LARGE_ANSWER = 64 * 1024  # bytes
 
 # The answers to what cannot be parsed, and to what is no fault of the client's.
@@ -117,7 +117,6 @@ class Request(GunicornRequest):
         return b""
 
     def parse_headers(self, data, from_trailer=False):
-        """The fields of a head or of trailers."""
         if from_trailer:
             self._limit_fields(data.count(b"\r\n") + 1)
         return super().parse_headers(data, from_trailer)
@@ -209,7 +208,6 @@ class Response(wsgi.Response):
         self._send_head(data)
 
     def close(self):
-        """End the answer."""
         if not self.headers_sent:
             self.send_headers()
         self._send_head()
@@ -317,13 +315,8 @@ def date_at(second):
     return formatdate(second, usegmt=True)
 
 
-def http_date(timestamp=None):
-    """gunicorn's function of that name."""
-    return date_at(int(time.time() if timestamp is None else timestamp))
-
-
 # gunicorn asks for these by their names; the worker and the log are settings.
 gunicorn_http.RequestParser = Parser
 wsgi.Response = Response
 wsgi.WSGIErrorsWrapper = functools.cache(wsgi.WSGIErrorsWrapper)
-util.http_date = http_date
+util.http_date = lambda: date_at(int(time.time()))

@@ -59,10 +59,10 @@ class TrustedProxies(ProxyFix):
     PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        prefix = environ.get("HTTP_X_FORWARDED_PREFIX")
         # The last of several: not every proxy adds one, and the first may be the caller's own.
-        if prefix is not None and self.PREFIX.fullmatch(last := prefix.rpartition(",")[2].strip()):
-            environ["SCRIPT_NAME"] = last
+        prefix = environ.get("HTTP_X_FORWARDED_PREFIX", "").rpartition(",")[2].strip()
+        if self.PREFIX.fullmatch(prefix):
+            environ["SCRIPT_NAME"] = prefix
         return super().__call__(environ, start_response)
 
 
@@ -97,7 +97,7 @@ def create_app(config: Config, servers: Servers | None = None) -> Flask:
         CORS(
             app,
             resources=r"/sessions.*",
-            # Patterns, so that it does not guess which of them are.
+            # Compiled: flask-cors guesses whether a string is a pattern.
             origins=[re.compile(re.escape(origin) + r"\Z") for origin in config.cors_origins],
             methods=["GET", "POST"],
             allow_headers="*",  # what the page asks for: tracing adds headers of its own

@@ -30,8 +30,8 @@ SCOPE_CLAIMS = ("scope", "scp", "permissions", "roles")
 # Seconds a verified token is trusted without checking its signature again.
 REMEMBERED_SECONDS = 60
 REMEMBERED_BYTES = 16_000_000
-# What a remembered token takes at the most besides the characters of token and subject: 610 bytes, and up to 1,000
-# where many come and go.
+# The most that an entry takes besides the characters of token and subject: 610 bytes were measured, and up to 1,000
+# where entries change often.
 ENTRY_BYTES = 1_100
 # What PyJWT finds wrong, in the contract's words; everything else is malformed.
 REASONS: dict[type[Exception], str] = {
@@ -82,11 +82,6 @@ class Caller(NamedTuple):
     may_act: bool
     actor: str | None = None
 
-    @property
-    def size(self) -> int:
-        """The most bytes that it takes to be remembered."""
-        return ENTRY_BYTES + len(self.token) + 4 * len(self.subject)
-
 
 class TokenVerifier:
     """Verifies bearer JWTs and returns what they say of the caller."""
@@ -95,7 +90,10 @@ class TokenVerifier:
         self._keys = keys
         # By key generation and token.
         self._remembered = TTLCache[tuple[int, str], Caller](
-            REMEMBERED_BYTES, REMEMBERED_SECONDS, timer=time.time, getsizeof=lambda caller: caller.size
+            REMEMBERED_BYTES,
+            REMEMBERED_SECONDS,
+            timer=time.time,
+            getsizeof=lambda caller: ENTRY_BYTES + len(caller.token) + 4 * len(caller.subject),  # 4 bytes a character
         )
         self._lock = threading.Lock()
         self._claim = config.jwt_subject_claim
@@ -118,7 +116,7 @@ class TokenVerifier:
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
-        # What older keys have verified is remembered under an older generation, and so not found any more.
+        # When the keys change so does their generation, and no older entry is found any more.
         key = self._keys.generation, token
         with self._lock:
             try:
@@ -129,7 +127,7 @@ class TokenVerifier:
             raise TokenInvalid("malformed")
         claims = self._verify(token)
         caller = Caller(token, str(claims[self._claim]), _issued_at(claims), self._may_act(claims))
-        # One that expires sooner would be taken for too long. PyJWT leaves fractions of a second out.
+        # A token that expires before its entry does is not remembered. PyJWT leaves fractions of a second out.
         if int(claims["exp"]) + self._leeway >= time.time() + REMEMBERED_SECONDS:
             with self._lock:
                 self._remembered[key] = caller
@@ -145,18 +143,15 @@ class TokenVerifier:
                 raise jwt.InvalidAlgorithmError
             key = _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id))
             claims = self._jwt.decode(token, key, self._algorithms, leeway=self._leeway, **self._expected)
-            self._check(claims)
+            if type(claims["exp"]) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
+                raise jwt.MissingRequiredClaimError("exp")
+            subject = claims[self._claim]
+            if type(subject) not in (str, int) or not SUBJECT.fullmatch(str(subject)):
+                raise jwt.exceptions.InvalidSubjectError
             return claims
         # PyJWT lets the others escape for odd headers and payloads.
         except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TokenInvalid(REASONS.get(type(error), "malformed"), key_id or "") from None
-
-    def _check(self, claims: dict[str, Any]) -> None:
-        if type(claims["exp"]) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
-            raise jwt.MissingRequiredClaimError("exp")
-        subject = claims[self._claim]
-        if type(subject) not in (str, int) or not SUBJECT.fullmatch(str(subject)):
-            raise jwt.exceptions.InvalidSubjectError
 
     def _may_act(self, claims: dict[str, Any]) -> bool:
         if self._admin_scope is None:

@@ -29,7 +29,7 @@ def load_body(schema: Schema) -> dict[str, Any]:
     # ValueError: no JSON or no UTF-8. RecursionError: nested deeper than Python's stack.
     except (ValueError, RecursionError):
         raise BadRequest from None
-    # Of thousands of unknown fields each would be looked at and described, while other callers wait.
+    # marshmallow describes each unknown field: thousands of them would block the worker.
     if isinstance(parsed, dict) and len(parsed) > MOST_FIELDS:
         parsed = dict(islice(parsed.items(), MOST_FIELDS))
     return schema.load(parsed)  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ _USER = r"([^@/?#\s]*@)?"
 _HOST = r"([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d{1,5})?"
 _SERVER = rf"{_USER}{_HOST}(/|/[0-9]+)?(\?db=[0-9]+)?"
 _SERVERS = rf"{_USER}{_HOST}(,{_HOST})*"
-# What stands behind the scheme of each kind of URL, and an example of it.
+# For each scheme the pattern of the rest of the URL, and an example.
 REDIS_URLS = {
     "redis": (_SERVER, "redis://user:password@host:6379/0"),
     "rediss": (_SERVER, "rediss://user:password@host:6379/0"),
@@ -83,7 +83,6 @@ def whole_number(least: int, most: int) -> Integer:
 
 
 def on_off() -> Boolean:
-    """A switch."""
     return Boolean(truthy={"on"}, falsy={"off"}, error_messages={"invalid": "must be on or off"})
 
 
@@ -93,7 +92,6 @@ def parse_words(text: str) -> tuple[str, ...]:
 
 
 def parse_origins(text: str) -> tuple[str, ...]:
-    """A list of origins."""
     return tuple(map(ORIGIN, parse_words(text)))
 
 
@@ -286,18 +284,14 @@ class Config:
         return PUBLIC_KEY_ALGORITHMS
 
     @property
-    def pseudonym_key(self) -> bytes:
-        """The key of the hashes in logs: the same in every worker, and only as secret as what it is made from.
-
-        A hosted Redis gets new credentials now and then, so its URL plays a part only where there is no secret.
-        """
-        return (self.log_key or " ".join(["log", *(self.jwt_secret or [self.redis_url])])).encode()
-
-    @property
     def algorithms(self) -> tuple[str, ...]:
         """The allow-list, of one family: what is configured, or else all that the key can verify."""
         return self.jwt_algorithms or self._possible_algorithms()
 
     def pseudonym(self, value: str) -> str:
-        """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex."""
-        return hmac.digest(self.pseudonym_key, value.encode(), "sha256").hex()[:16]
+        """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex.
+
+        Only without a secret does the key come from the URL of Redis, whose credentials a host may change now and then.
+        """
+        key = self.log_key or " ".join(["log", *(self.jwt_secret or [self.redis_url])])
+        return hmac.digest(key.encode(), value.encode(), "sha256").hex()[:16]

@@ -96,9 +96,10 @@ def examine_redis(app: Flask) -> Iterator[Finding]:
 
 def _findings(info: dict[str, Any], config: dict[str, Any], workers: int) -> Iterator[Finding]:
     if version := str(info.get("redis_version", "")):
-        old = int(version.partition(".")[0]) < 7
-        text = f"Redis {version}" + " is too old: 7.0 or later is needed" * old
-        yield Finding("failure" if old else "ok", text, fatal=old)
+        if int(version.partition(".")[0]) < 7:
+            yield Finding("failure", f"Redis {version} is too old: 7.0 or later is needed", fatal=True)
+        else:
+            yield Finding("ok", f"Redis {version}")
     if info.get("role") == "slave":
         primary = f"{info.get('master_host')}:{info.get('master_port')}"
         yield Finding("warning", f"Redis is a read-only replica: REDIS_URL must name the primary, {primary}")

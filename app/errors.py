@@ -30,7 +30,7 @@ MESSAGES = {
     503: "Signing keys not available",
 }
 TOKEN_MISSING, TOKEN_INVALID = "Missing bearer token", "Invalid or expired token"
-# What the caller is told besides, by TokenInvalid's reason.
+# The error_description of a challenge (RFC 6750 §3), by TokenInvalid's reason.
 TOKEN_DESCRIPTIONS = {
     "malformed": "The token is malformed",
     "expired": "The token has expired",
@@ -74,7 +74,7 @@ def failed() -> Response:
 
 
 def said_by_view(kind: str, otherwise: str) -> str:
-    """The sentence that stands with the route of the request, if it has one."""
+    """What the route says of this kind, `failed` or `not_found`; `otherwise` where there is no route."""
     return getattr(current_app.view_functions.get(request.endpoint or ""), kind, otherwise)
 
 

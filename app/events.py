@@ -28,32 +28,32 @@ class LineLimiter:
     A kind is an event and a reason. Their number is to be bounded: nothing that a caller sends may be part of one.
     """
 
-    def __init__(
-        self, logger: logging.Logger, per_second: int = 10, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._logger, self._per_second, self._clock = logger, per_second, clock
+    PER_SECOND = 10
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger, self._clock = logger, clock
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], tuple[float, int]] = {}  # when a kind's second began, and the lines in it
 
     def allow(self, event: str, reason: str = "") -> bool:
-        """Whether a line may be logged now. Starts a thread, under gevent a greenlet, where the first one may not."""
+        """Whether a line may be logged now. The first line that is dropped starts a timer, which logs how many were."""
         kind = event, reason
         with self._lock:
             now = self._clock()
             began, lines = self._counts.get(kind, (now, 0))
-            if now - began >= 1 and lines <= self._per_second:  # a second with more is ended by its timer
+            if now - began >= 1 and lines <= self.PER_SECOND:  # a second with more is ended by its timer
                 began, lines = now, 0
             self._counts[kind] = began, lines + 1
-        if lines == self._per_second:
+        if lines == self.PER_SECOND:
             timer = threading.Timer(max(0.0, began + 1 - now), self._sum_up, kind)
             timer.daemon = True
             timer.start()
-        return lines < self._per_second
+        return lines < self.PER_SECOND
 
     def _sum_up(self, event: str, reason: str) -> None:
         with self._lock:
             _, lines = self._counts.pop((event, reason))
-        dropped = {"dropped": event, "reason": reason, "number": lines - self._per_second}
+        dropped = {"dropped": event, "reason": reason, "number": lines - self.PER_SECOND}
         self._logger.warning("lines_dropped", extra=dropped)
 
 
@@ -66,8 +66,8 @@ def emit(event: str, *, subject: str | None = None, session: str | None = None, 
     """Log an event and its subject, by default the request's, and the actor where that is another.
 
     Subjects and session ids appear only as keyed hashes.
-    The request's id goes into the line and, as `X-Request-Id`, into the answer. Where the line is dropped, neither.
-    A command has none.
+    The request's id goes into the line and, as `X-Request-Id`, into the answer. A line that is dropped sets no header.
+    Commands have no request id.
     """
     changes_nothing = event in LIMITED or fields == {"number": 0}
     if changes_nothing and not allowed(event, str(fields.get("reason", ""))):

@@ -19,13 +19,13 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 import jwt
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from app.config import HMAC_KEY_BYTES, LOOPBACK_URL, VERSION, Config, algorithms_of
-from app.deadline import deadline, give_way
+from app.config import LOOPBACK_URL, VERSION, Config, algorithms_of
+from app.deadline import deadline, giving_way
 
 log = logging.getLogger(__name__)
 
 Key = bytes | jwt.algorithms.AllowedPublicKeys
-# A token that fits more keys of a set than this is tried with the first of them only: each costs a verification.
+# The most keys of a set that are tried for one token: each costs a verification.
 MOST_TRIED = 8
 
 
@@ -69,7 +69,7 @@ class KeySet:
 class FixedKeys(KeySet):
     """Keys that come with the configuration and stay until the next start. They have no ids, and so fit any token's."""
 
-    generation, loaded, error = 0, True, ""
+    generation, loaded = 0, True
 
 
 class JwksKeys:
@@ -120,7 +120,8 @@ class JwksKeys:
         with self._asking:
             if time.monotonic() - self._asked_at >= self.COOLDOWN:
                 self._asked_at = time.monotonic()
-                # Not the fetch that may be under way: the issuer may have answered it before it knew the key.
+                # Wait for a new fetch: one that is under way may have been answered before the issuer published the
+                # key.
                 self._answered = threading.Event()
                 self._asked.set()
         self._answered.wait(self.UNKNOWN_KEY_WAIT)
@@ -229,8 +230,7 @@ def _members(fetched: Any) -> list[Any]:
 
 def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
     """The keys of a set that are of use here; others, such as secrets, are to be ignored (RFC 7517 §5)."""
-    for data in members:
-        give_way()  # 10,000 keys take half a second
+    for data in giving_way(members):  # 10,000 keys take half a second
         try:
             jwk = jwt.PyJWK(data)
             algorithms = algorithms_of(jwk.key)
@@ -253,10 +253,7 @@ def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
         if url.startswith("http:") and not LOOPBACK_URL.match(url):
             log.warning("key_set_not_encrypted")
         return JwksKeys(JwksSource(url, config.jwt_jwks_ca_certs), report)
+    keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
     if config.jwt_public_key:
-        key: Any = load_pem_public_key(config.jwt_public_key.encode())
-        return FixedKeys([VerificationKey(key, algorithms_of(key))])
-    secrets = [secret.encode() for secret in config.jwt_secret]
-    return FixedKeys(
-        VerificationKey(key, [name for name, least in HMAC_KEY_BYTES.items() if least <= len(key)]) for key in secrets
-    )
+        keys = [load_pem_public_key(config.jwt_public_key.encode())]
+    return FixedKeys(VerificationKey(key, config.algorithms) for key in keys)

@@ -77,7 +77,7 @@ def _shared_values(folder: str) -> Callable[..., Any]:
 
 
 def of_all_workers() -> CollectorRegistry | None:
-    """What is counted in the files; None where there are none."""
+    """A registry of all files; None without files."""
     folder = os.environ.get(FOLDER)
     if folder is None or not glob.glob(os.path.join(glob.escape(folder), "*.db")):
         return None

@@ -64,26 +64,23 @@ class Metrics:
 
     def count_requests(self, app: Flask) -> None:
         """Have every request of an app counted. Register it first: so it times what other hooks do, too."""
-        # Each look through Flask's proxies takes a microsecond, and getting what is behind one an eighth of that.
+        # Each access through Flask's proxy takes a microsecond; getting the request behind it, once, an eighth of one.
         here: Callable[[], Request] = request._get_current_object  # type: ignore[attr-defined]
 
         def begin() -> None:
             here().environ[BEGAN] = time.perf_counter()
 
         def end(response: Response) -> Response:
-            request = here()
-            self._request(request, response.status_code, time.perf_counter() - request.environ[BEGAN])
+            request, status = here(), response.status_code
+            labels = (request.url_rule.rule if request.url_rule else "none", request.method, status)
+            child = self._children.get(labels) or self._child(*labels)
+            child.observe(time.perf_counter() - request.environ[BEGAN])
+            if request.endpoint == "sessions.heartbeat" and status in OUTCOMES:
+                self.heartbeats(OUTCOMES[status])
             return response
 
         app.before_request(begin)
         app.after_request(end)
-
-    def _request(self, request: Request, status: int, seconds: float) -> None:
-        labels = (request.url_rule.rule if request.url_rule else "none", request.method, status)
-        child = self._children.get(labels) or self._child(*labels)
-        child.observe(seconds)
-        if request.endpoint == "sessions.heartbeat" and status in OUTCOMES:
-            self.heartbeats(OUTCOMES[status])
 
     def _child(self, rule: str, method: str, status: int) -> Histogram:
         route = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)

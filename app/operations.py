@@ -16,6 +16,7 @@ from app import metric_files
 from app.auth import TokenMissing, bearer_token
 from app.config import VERSION
 from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
+from app.metrics import counted
 from app.responses import APIResponse
 from app.store import StoreUnavailable
 
@@ -50,7 +51,7 @@ def readiness() -> Response:
 
 
 class Moment(Collector):
-    """What is not counted but looked up when Prometheus asks: the build, and whether Redis takes writes."""
+    """Metrics that are worked out when Prometheus asks: the build, and whether Redis takes writes."""
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, after at most the 1.5 seconds that `probe` takes."""
@@ -67,16 +68,16 @@ class Moment(Collector):
 @metrics_bp.get("/metrics")
 def metrics() -> Response:
     """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
-    config, counted = current_app.extensions["config"], current_app.extensions["metrics"]
+    config = current_app.extensions["config"]
     if config.metrics_token and (sentence := _refused(config.metrics_token)):
         return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
 
     def collect() -> bytes:
         moment = CollectorRegistry()
         moment.register(Moment())
-        # The moment first: its probe waits, and callers that ask meanwhile share the work of the rest.
+        # These first: the probe waits, and scrapes that arrive meanwhile share the result.
         text = generate_latest(moment)
-        return generate_latest(metric_files.of_all_workers() or counted.registry) + text
+        return generate_latest(metric_files.of_all_workers() or counted().registry) + text
 
     text = current_app.extensions["scrapes"](collect)
     return Response(text, content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})

@@ -17,11 +17,9 @@ class Instant(fields.Field[int]):
         return None if value is None else rfc3339(value)
 
 
-class Text(fields.String):
+def text(most: int, **kwargs: Any) -> fields.String:
     """Text of 1 to `most` characters. Lone surrogates are none (RFC 8259 §8.2), and Redis could not store them."""
-
-    def __init__(self, most: int, **kwargs: Any) -> None:
-        super().__init__(validate=[validate.Length(1, most), _all_characters], **kwargs)
+    return fields.String(validate=[validate.Length(1, most), _all_characters], **kwargs)
 
 
 def _all_characters(text: str) -> None:
@@ -51,9 +49,9 @@ class SessionSchema(Schema):
 class OpenSchema(Schema):
     """What may be said of a session when it is opened; `idle_max` is the longest idle timeout, in seconds."""
 
-    device_name = Text(128, data_key="deviceName")
-    location = Text(128)
-    login_method = Text(64, data_key="loginMethod", load_default="token")
+    device_name = text(128, data_key="deviceName")
+    location = text(128)
+    login_method = text(64, data_key="loginMethod", load_default="token")
     idle_timeout = fields.Integer(data_key="idleTimeoutSeconds", strict=True)
 
     def __init__(self, idle_max: int) -> None:

@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -125,11 +125,8 @@ class SessionStore:
         limits = [self._config.session_limit, idle_ms, absolute_ms]
         args: list[str | int] = [id, prefix, *limits, issued, self._config.session_limit_policy, *fields]
         try:
-            reply = self._runner.call(
-                OPEN, [index_key(subject), prefix + id, signed_out_key(subject)], args, durable=True
-            )
-        except Unreadable as error:
-            self._log_unreadable(subject, None, error)
+            reply = self._call(OPEN, subject, [prefix + id, signed_out_key(subject)], args, durable=True)
+        except Unreadable:  # nothing was written
             raise
         except StoreUnavailable:
             # It may have been opened all the same: with an id that was never told it would count against the limit.
@@ -140,8 +137,7 @@ class SessionStore:
             raise TooManySessions(reply / 1000)
         if reply == "SIGNED_OUT":
             raise SignedOut
-        session = self._session(subject, id, reply[:2])
-        return replace(session, replaced_id=reply[2]) if len(reply) > 2 else session
+        return self._session(subject, id, reply)
 
     def get(self, subject: str, id: str) -> Session:
         """Read a session without extending it. Raises SessionNotFound and Unreadable."""
@@ -206,13 +202,8 @@ class SessionStore:
     def sign_out(self, subject: str, *, except_id: str | None = None) -> int:
         """As `revoke_all`, and in the same step: from now on tokens that were issued earlier open no session."""
         kept_ms = max(SIGNED_OUT_SECONDS, self._config.session_absolute_seconds) * 1000
-        keys = [index_key(subject), signed_out_key(subject)]
         args: list[str | int] = [session_key(subject, ""), except_id or "", kept_ms]
-        try:
-            number: int = self._runner.call(SIGN_OUT, keys, args, durable=True)
-        except Unreadable as error:
-            self._log_unreadable(subject, None, error)
-            raise
+        number: int = self._call(SIGN_OUT, subject, [signed_out_key(subject)], args, durable=True)
         return number
 
     def probe(self) -> None:
@@ -220,12 +211,24 @@ class SessionStore:
         self._runner.probe(PROBE, PROBED)
 
     def _indexed(self, subject: str) -> Sequence[str]:
-        try:
-            ids: Sequence[str] = self._runner.call(INDEX, [index_key(subject)])
-        except Unreadable as error:
-            self._log_unreadable(subject, None, error)
-            raise
+        ids: Sequence[str] = self._call(INDEX, subject)
         return [id for id in ids if id.isascii()]  # others are none of ours, and may be no UTF-8
+
+    def _call(
+        self,
+        script: Script,
+        subject: str,
+        keys: Sequence[str] = (),
+        args: Sequence[str | int] = (),
+        *,
+        durable: bool = False,
+    ) -> Any:
+        """Run a script whose first key is the subject's index. Logs and raises Unreadable where that is no index."""
+        [reply] = self._runner.calls(script, [Call([index_key(subject), *keys], args)], durable=durable)
+        if isinstance(reply, Unreadable):
+            self._log_unreadable(subject, None, reply)
+            raise reply
+        return reply
 
     def _session(self, subject: str, id: str, reply: Any) -> Session:
         try:
@@ -268,7 +271,7 @@ def _revocation(subject: str, id: str) -> Call:
     return Call([session_key(subject, id), index_key(subject)], [id])
 
 
-def _parsed(id: str, flat: Sequence[str], expires_at_ms: int) -> Session:
+def _parsed(id: str, flat: Sequence[str], expires_at_ms: int, replaced_id: str | None = None) -> Session:
     """Raises ValueError where a field is missing or odd."""
     fields = dict(zip(flat[::2], flat[1::2]))
     "".join((id, *flat)).encode()  # fails where there are lone surrogates, which stand for what is no UTF-8
@@ -283,6 +286,7 @@ def _parsed(id: str, flat: Sequence[str], expires_at_ms: int) -> Session:
         device_name=fields.get("device"),
         ip_address=fields.get("ip"),
         location=fields.get("location"),
+        replaced_id=replaced_id,
     )
 
 

@@ -69,14 +69,14 @@ class GroupCommit:
         try:
             if batch.previous is not None:
                 batch.previous.wait()
-                give_way()  # callers whose requests are there already join this batch, not the next one
+                give_way()  # lets callers whose requests are there already join this batch
             with self._mutex:
                 self._collecting = None  # the next caller opens the next batch
             batch.replies = self._send(batch.commands)
         except Exception as error:
             batch.replies = [error] * len(batch.commands)
         finally:
-            # Also where the leader is killed, waiting or sending: no other caller may wait for it for ever.
+            # Also where the leader is killed, so that no caller of its batch waits for ever.
             with self._mutex:
                 if self._collecting is batch:
                     self._collecting, self._in_flight = None, batch.previous

@@ -84,7 +84,8 @@ def connect(config: Config) -> Servers:
         "max_connections": POOL_SIZE,
         "timeout": config.redis_timeout_seconds / 2,
         "decode_responses": True,
-        # What is no UTF-8 must not fail the replies beside it: it becomes lone surrogates, which no text of ours has.
+        # What is no UTF-8 must not fail the other replies of a pipeline: it becomes lone surrogates, which valid text
+        # never has.
         "encoding_errors": "surrogateescape",
     }
     if url.scheme.endswith("+cluster"):
@@ -97,7 +98,7 @@ def connect(config: Config) -> Servers:
 
 
 def _tls(config: Config) -> dict[str, Any]:
-    """Certificates are verified against the system's authorities, or one that is pinned, or not at all."""
+    """Options: verify certificates against the system's authorities, against REDIS_CA_CERTS, or not at all."""
     if not config.redis_tls_verify:
         log.warning("redis_tls_not_verified")
         return {"ssl_cert_reqs": "none"}

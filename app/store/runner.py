@@ -68,8 +68,8 @@ class Script:
 class Runner:
     """Runs scripts on the servers that hold their keys. Every public method raises StoreUnavailable.
 
-    A reply is an Unreadable where Redis says that a key is not what it should be. Only methods that give a single reply
-    raise it.
+    A reply is an Unreadable where Redis says that a key is not what it should be. Only `join`, which gives a single
+    reply, raises it.
     """
 
     def __init__(self, servers: Servers, config: Config, observe: Observe) -> None:
@@ -77,7 +77,7 @@ class Runner:
         self._servers = servers
         self._outages = Outages(servers)
         self._replicas = config.redis_wait_replicas
-        # For all that a call takes: a connection out of the pool, or a new one, and a second try for lost scripts.
+        # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost.
         self._seconds = config.redis_timeout_seconds + 0.1
         self._acks: WeakKeyDictionary[redis.Redis, ReplicaAcks] = WeakKeyDictionary()
         # One for each server, so that one which hangs holds up no caller of another.
@@ -87,15 +87,6 @@ class Runner:
         self._places: WeakKeyDictionary[redis.Redis, threading.BoundedSemaphore] = WeakKeyDictionary()
         self._wait = config.redis_timeout_seconds / 2
         self._probing: SharedCall[None] = SharedCall()
-
-    def call(
-        self, script: Script, keys: Sequence[str], args: Sequence[str | int] = (), *, durable: bool = False
-    ) -> Any:
-        """Run a script once. Raises Unreadable."""
-        [reply] = self.calls(script, [Call(keys, args)], durable=durable)
-        if isinstance(reply, Unreadable):
-            raise reply
-        return reply
 
     def calls(self, script: Script, calls: Sequence[Call], *, durable: bool = False) -> list[Any]:
         """Run a script for each of several calls, which belong to one slot; `durable` where replicas must have it.
@@ -126,7 +117,8 @@ class Runner:
     def join(self, script: Script, group: str, key: str) -> Any:
         """Run a script over a key together with whatever other callers ask of its server. Raises Unreadable.
 
-        Keys of one `group` are in one slot. There is one script that callers share round trips for.
+        Keys of one `group` are in one slot. Always called with the same script: the batches of a server are bound to
+        the first one.
         """
         with _unavailable():
             client = self._client_for(script, key)
@@ -168,9 +160,7 @@ class Runner:
 
         Raises StoreUnavailable where none is free in time. That is no trouble of the server's, and not logged as such.
         """
-        places = self._places.get(client)
-        if places is None:
-            places = self._places.setdefault(client, threading.BoundedSemaphore(POOL_SIZE - 2))
+        places = self._places.setdefault(client, threading.BoundedSemaphore(POOL_SIZE - 2))
         if not places.acquire(timeout=self._wait):
             raise StoreUnavailable("too many calls at once")
         try:

@@ -40,21 +40,15 @@ if issued_at and redis.call("EXISTS", signed_out) == 1 then
   end
 end
 
--- The part of its idle timeout that a session has been silent for; nil where it cannot be read.
-local function silence(member)
-  local beat = redis.pcall("HMGET", prefix .. member, "active", "idle")
-  local active, idle = tonumber(beat[1]), tonumber(beat[2])
-  return active and idle and (now - active) / idle
-end
-
 -- A device beats at a third of its idle timeout: one that is silent for more than half has missed a beat. Where none has,
--- devices must not push each other out.
+-- devices must not push each other out. Sessions that cannot be read are passed over.
 local function most_silent(members)
   local found, longest = nil, 0.5
   for _, member in ipairs(members) do
-    local part = silence(member)
-    if part and part > longest then
-      found, longest = member, part
+    local beat = redis.pcall("HMGET", prefix .. member, "active", "idle")
+    local active, idle = tonumber(beat[1]), tonumber(beat[2])
+    if active and idle and (now - active) / idle > longest then
+      found, longest = member, (now - active) / idle
     end
   end
   return found
