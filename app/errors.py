@@ -70,10 +70,10 @@ def retry_after(seconds: int) -> dict[str, str]:
 
 
 def failed() -> Response:
-    return error(500, said_by_view("failed", "Internal server error"), retry_after(1))
+    return error(500, route_message("failed", "Internal server error"), retry_after(1))
 
 
-def said_by_view(kind: str, otherwise: str) -> str:
+def route_message(kind: str, otherwise: str) -> str:
     """What the route says of this kind, `failed` or `not_found`; `otherwise` where there is no route."""
     return getattr(current_app.view_functions.get(request.endpoint or ""), kind, otherwise)
 
@@ -112,7 +112,7 @@ def refused(reason: str, **found: str) -> None:
 
 def session_not_found(e: SessionNotFound) -> Response:
     emit("session_not_found", session=(request.view_args or {})["id"], endpoint=request.endpoint)
-    return error(404, said_by_view("not_found", MESSAGES[404]))
+    return error(404, route_message("not_found", MESSAGES[404]))
 
 
 def too_many_sessions(e: TooManySessions) -> Response:

@@ -50,7 +50,7 @@ def readiness() -> Response:
     return jsonify(status="ok")
 
 
-class Moment(Collector):
+class ScrapeTimeMetrics(Collector):
     """Metrics that are worked out when Prometheus asks: the build, and whether Redis takes writes."""
 
     def collect(self) -> Iterator[Metric]:
@@ -73,10 +73,10 @@ def metrics() -> Response:
         return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
 
     def collect() -> bytes:
-        moment = CollectorRegistry()
-        moment.register(Moment())
+        at_scrape = CollectorRegistry()
+        at_scrape.register(ScrapeTimeMetrics())
         # These first: the probe waits, and scrapes that arrive meanwhile share the result.
-        text = generate_latest(moment)
+        text = generate_latest(at_scrape)
         return generate_latest(metric_files.of_all_workers() or counted().registry) + text
 
     text = current_app.extensions["scrapes"](collect)

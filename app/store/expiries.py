@@ -42,11 +42,11 @@ def expiries(servers: Servers, subject: str | None = None) -> Iterator[Expiry | 
     while True:
         try:
             with ExitStack() as stack:
-                subscriptions = [stack.enter_context(_subscribed(each, keys)) for each in servers.clients()]
+                subscriptions = [stack.enter_context(_subscribe(each, keys)) for each in servers.clients()]
                 if missed:
                     yield "Watching again. Sessions may have expired unseen."
                 watching, missed = True, False
-                yield from _told(servers, subscriptions)
+                yield from _notifications(servers, subscriptions)
         except (RedisError, OSError) as error:
             if isinstance(error, ResponseError) or not watching:
                 raise StoreUnavailable(described(error)) from error
@@ -57,7 +57,7 @@ def expiries(servers: Servers, subject: str | None = None) -> Iterator[Expiry | 
         time.sleep(1)
 
 
-def _subscribed(client: redis.Redis, keys: str) -> PubSub:
+def _subscribe(client: redis.Redis, keys: str) -> PubSub:
     try:
         flags = client.config_get("notify-keyspace-events").get("notify-keyspace-events") or ""
     except ResponseError:  # a host that hides its configuration may still tell
@@ -69,7 +69,7 @@ def _subscribed(client: redis.Redis, keys: str) -> PubSub:
     return subscription
 
 
-def _told(servers: Servers, subscriptions: Sequence[PubSub]) -> Iterator[Expiry]:
+def _notifications(servers: Servers, subscriptions: Sequence[PubSub]) -> Iterator[Expiry]:
     """Raises redis.ConnectionError where a server is silent, or a cluster has other primaries now."""
     addresses, silent, checked = set(servers.addresses()), set[PubSub](), time.monotonic()
     while True:

@@ -78,14 +78,14 @@ class Runner:
         self._outages = Outages(servers)
         self._replicas = config.redis_wait_replicas
         # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost.
-        self._seconds = config.redis_timeout_seconds + 0.1
+        self._call_timeout = config.redis_timeout_seconds + 0.1
         self._acks: WeakKeyDictionary[redis.Redis, ReplicaAcks] = WeakKeyDictionary()
         # One for each server, so that one which hangs holds up no caller of another.
         self._batches: WeakKeyDictionary[redis.Redis, GroupCommit] = WeakKeyDictionary()
-        # Of each pool one connection is left for the heartbeats and one for the probe, which take no more: whatever
+        # Of each pool one connection is kept for the heartbeats and one for the probe, which need no more: however many
         # other calls are waiting, these are not refused.
-        self._places: WeakKeyDictionary[redis.Redis, threading.BoundedSemaphore] = WeakKeyDictionary()
-        self._wait = config.redis_timeout_seconds / 2
+        self._free_connections: WeakKeyDictionary[redis.Redis, threading.BoundedSemaphore] = WeakKeyDictionary()
+        self._connection_timeout = config.redis_timeout_seconds / 2
         self._probing: SharedCall[None] = SharedCall()
 
     def calls(self, script: Script, calls: Sequence[Call], *, durable: bool = False) -> list[Any]:
@@ -98,7 +98,7 @@ class Runner:
             return []
         with _unavailable():
             client = self._client_for(script, calls[0].keys[0])
-            with self._place(client):
+            with self._connection(client):
                 acks = self._acks_of(client) if durable and self._replicas else None
                 replies = _none_failed(self._run(client, script, calls, acks.commands if acks else ()))
             if acks:
@@ -112,7 +112,7 @@ class Runner:
 
     def each_key(self, script: Script, keys: Sequence[str]) -> list[Any]:
         """Run a script over any number of keys of one subject; a reply for each."""
-        return self.calls(script, _in_calls(keys))
+        return self.calls(script, _split_into_calls(keys))
 
     def join(self, script: Script, group: str, key: str) -> Any:
         """Run a script over a key together with whatever other callers ask of its server. Raises Unreadable.
@@ -155,18 +155,18 @@ class Runner:
                 raise failure
 
     @contextmanager
-    def _place(self, client: redis.Redis) -> Iterator[None]:
-        """One of the places that a server has for others than heartbeats and the probe.
+    def _connection(self, client: redis.Redis) -> Iterator[None]:
+        """Take one of the server's connections for calls other than heartbeats and the probe.
 
         Raises StoreUnavailable where none is free in time. That is no trouble of the server's, and not logged as such.
         """
-        places = self._places.setdefault(client, threading.BoundedSemaphore(POOL_SIZE - 2))
-        if not places.acquire(timeout=self._wait):
+        free = self._free_connections.setdefault(client, threading.BoundedSemaphore(POOL_SIZE - 2))
+        if not free.acquire(timeout=self._connection_timeout):
             raise StoreUnavailable("too many calls at once")
         try:
             yield
         finally:
-            places.release()
+            free.release()
 
     def _client_for(self, script: Script, key: str) -> redis.Redis:
         try:
@@ -178,7 +178,7 @@ class Runner:
     def _acks_of(self, client: redis.Redis) -> ReplicaAcks:
         if client not in self._acks:
             try:
-                with deadline(self._seconds):
+                with deadline(self._call_timeout):
                     [role] = _none_failed(_send(client, [("ROLE",)], repeatable=True))
             except (RedisError, OSError) as error:
                 self._outages.log_transition("replicas", client, error)
@@ -191,7 +191,7 @@ class Runner:
         places: dict[str, list[int]] = {}
         for place, (_, group, _) in enumerate(batch):
             places.setdefault(group, []).append(place)
-        calls = [call for group in places.values() for call in _in_calls([batch[place][2] for place in group])]
+        calls = [call for group in places.values() for call in _split_into_calls([batch[place][2] for place in group])]
         replies = dict(zip(itertools.chain(*places.values()), self._run(batch[0][0], script, calls)))
         return [replies[place] for place in range(len(batch))]
 
@@ -204,7 +204,7 @@ class Runner:
         """
         began = time.perf_counter()
         try:
-            with deadline(self._seconds):
+            with deadline(self._call_timeout):
                 replies = self._replies(client, script, calls, last)
         except (RedisError, OSError) as error:
             self._outages.log_transition(script.name, client, error)
@@ -259,7 +259,7 @@ def _unavailable() -> Iterator[None]:
         raise StoreUnavailable(described(error)) from error
 
 
-def _in_calls(keys: Sequence[str]) -> list[Call]:
+def _split_into_calls(keys: Sequence[str]) -> list[Call]:
     return [Call(keys[first : first + KEYS_PER_CALL]) for first in range(0, len(keys), KEYS_PER_CALL)]
 
 

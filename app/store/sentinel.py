@@ -45,7 +45,7 @@ class _Primary:
         options = {**options, "redis_connect_func": partial(set_up_sentinel, credentials=credentials)}
         self._sentinels = [redis.Redis(*address, **options) for address in addresses_of(url)]
         self._service = service
-        self._patience: float = options["socket_timeout"]
+        self._first_answer_timeout: float = options["socket_timeout"]
         self._address: tuple[str, int] | None = None
         self._last_error = "no sentinel has answered yet"
         self._asked = threading.Event()
@@ -57,7 +57,7 @@ class _Primary:
         Before they were asked callers wait for that, as long as they would for an answer of Redis's.
         """
         if self._address is None:
-            self._asked.wait(self._patience)
+            self._asked.wait(self._first_answer_timeout)
         if self._address is None:
             raise MasterNotFoundError(self._last_error)
         return self._address
