@@ -92,7 +92,7 @@ logconfig_dict = {
 def post_worker_init(worker):
     """Prepare a worker that has loaded the app."""
     gunicorn_edge.log_uncaught(worker)
-    # What is there from the start stays: collecting garbage need not look through it, in a twentieth of all its time.
+    # What is there from the start stays: not looking through it halves the time, 5 %, that collecting garbage takes.
     gc.collect()
     gc.freeze()
 
