@@ -16,7 +16,9 @@ import gunicorn_edge
 import gunicorn_metrics
 
 SHARED_MEMORY = "/dev/shm"
-REQUESTS_A_TURN = 16  # of a worker, before it looks what has arrived for the others
+# Of a worker, before it looks what has arrived for the others; after an answer of more bytes it looks at once.
+REQUESTS_A_TURN = 16
+LARGE_ANSWER = 64 * 1024
 READ_SECONDS = 20  # in which a client takes in what it is sent, or something of it
 
 # A connection is a file, and the soft limit is often 1024.
@@ -103,7 +105,7 @@ def post_request(worker, req, environ, resp):
     After most requests only to those whose requests or replies are there already, which takes a microsecond and saves
     more than that: the next request often arrives meanwhile, and more heartbeats share a round trip.
     """
-    if worker.nr % REQUESTS_A_TURN == 0:
+    if worker.nr % REQUESTS_A_TURN == 0 or (resp and resp.sent > LARGE_ANSWER):
         gunicorn_edge.give_way()
     else:
         gevent.sleep(0)

@@ -44,8 +44,6 @@ HEAD_SECONDS = 5.0  # for a whole head, from its first byte on
 DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024, 0.1
 # What is read after the last answer on a connection: closing it with unread bytes would destroy the answer on its way.
 LINGER_BYTES, LINGER_SECONDS = 1024 * 1024, 1.0
-# After a larger answer the worker gives way at once; after smaller ones post_request in gunicorn.conf.py decides.
-LARGE_ANSWER = 64 * 1024  # bytes
 
 # The answers to what cannot be parsed, and to what is no fault of the client's.
 REFUSALS = {
@@ -214,8 +212,6 @@ class Response(wsgi.Response):
         super().close()
         if self.undrained:
             linger(self.sock)
-        elif self.sent > LARGE_ANSWER:
-            give_way()
 
     def _send_head(self, data=b""):
         """Send the head, where it has not been sent, and data."""
