@@ -256,4 +256,5 @@ def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
     keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
     if config.jwt_public_key:
         keys = [load_pem_public_key(config.jwt_public_key.encode())]
-    return FixedKeys(VerificationKey(key, config.algorithms) for key in keys)
+    algorithms = config.algorithms
+    return FixedKeys(VerificationKey(key, algorithms) for key in keys)
