@@ -242,3 +242,19 @@ def immortal(database: redis.Redis) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose path is short enough for a socket in it."""
     return tmp_path_factory.mktemp("t")
+
+
+def refused(alice: Caller, method: str, path: str, **options: object) -> int:
+    """The status of a request that has to be a 4xx in the contract's shape, and no redirect."""
+    response = alice.raw(method, path, **options)
+    assert 400 <= response.status_code < 500
+    assert "Location" not in response.headers
+    if method != "HEAD":
+        assert response.headers["Content-Type"] == "application/json"
+        assert response.json["success"] is False
+        assert isinstance(response.json["error"], str)
+        assert set(response.json) <= {"success", "error", "details"}
+        assert ("details" in response.json) == (response.status_code == 422)
+        for messages in response.json.get("details", {}).values():
+            assert messages and all(isinstance(message, str) for message in messages)
+    return response.status_code

@@ -8,7 +8,7 @@ import redis
 from flask import Flask
 
 from app.bodies import LARGEST_BODY
-from tests.conftest import FAILURES, Caller, Clock, Log, answer, fake_only
+from tests.conftest import FAILURES, Caller, Clock, Log, answer, fake_only, refused
 
 MISSING = "A" * 32
 STRANGE_IDS = {
@@ -47,22 +47,6 @@ STRANGE_IDS = {
     "semicolon": "A" * 32 + ";x=1",
     "format": "%25s" * 32,
 }
-
-
-def refused(alice: Caller, method: str, path: str, **options: object) -> int:
-    """The status of a request that has to be a 4xx in the contract's shape, and no redirect."""
-    response = alice.raw(method, path, **options)
-    assert 400 <= response.status_code < 500
-    assert "Location" not in response.headers
-    if method != "HEAD":
-        assert response.headers["Content-Type"] == "application/json"
-        assert response.json["success"] is False
-        assert isinstance(response.json["error"], str)
-        assert set(response.json) <= {"success", "error", "details"}
-        assert ("details" in response.json) == (response.status_code == 422)
-        for messages in response.json.get("details", {}).values():
-            assert messages and all(isinstance(message, str) for message in messages)
-    return response.status_code
 
 
 @fake_only

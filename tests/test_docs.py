@@ -12,7 +12,7 @@ import requests
 from flask import Flask
 
 from tests.browser import Browser
-from tests.conftest import SECRET, Caller, fake_only, token
+from tests.conftest import SECRET, Caller, fake_only, refused, token
 from tests.servers import RedisServer, gunicorn
 
 LINKS = r'(?:src|href)="([^"]*)"'
@@ -67,17 +67,18 @@ def test_no_address_outside(app: Flask) -> None:
 @fake_only
 @pytest.mark.parametrize("path", ["/docs/", "/docs/nothing.js", "/docs/..", "/docs/../__init__.py", "/docs/%2e%2e%2fx"])
 def test_missing_file(alice: Caller, path: str) -> None:
-    """What is not there is a 404 in JSON, and no redirect."""
-    response = alice.raw("GET", path)
-    assert (response.status_code, response.mimetype) == (404, "application/json")
+    """What is not there is a 404 in the contract's shape, and no redirect."""
+    assert refused(alice, "GET", path) == 404
+    assert alice.raw("GET", path).json["error"] == "Not found"
 
 
 @fake_only
 @pytest.mark.parametrize("path", ["/docs", "/docs/start.js", "/docs/swagger-ui.css"])
 def test_wrong_method(alice: Caller, path: str) -> None:
     """The page and its files can only be read."""
+    assert refused(alice, "POST", path) == 405
     response = alice.post(path)
-    assert response.status_code == 405
+    assert response.json["error"] == "Method not allowed"
     assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD"}
 
 
