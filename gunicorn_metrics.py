@@ -12,7 +12,7 @@ import tempfile
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name
 PREFIX = "session-heartbeat-metrics-"
-ROOM = 1 << 20  # bytes for each worker, of which a fifth is taken at the start
+ROOM = 5 << 18  # bytes for each worker; app/metric_files.py takes nine tenths of them
 
 
 def make_folder(parents, workers):

@@ -1,19 +1,24 @@
 """What Prometheus is told."""
 
+import json
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import redis
 import requests
 from flask import Flask, Response, request, request_started
+from prometheus_client import values
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import auth
+from app import auth, metric_files
+from app.metrics import Metrics
 from tests.conftest import SECRET, Caller, Log, fake_only, token
 from tests.servers import ROOT, RedisServer, gunicorn
 
@@ -46,6 +51,29 @@ def test_requests(alice: Caller, count: Callable[..., float]) -> None:
     assert count("http_request_duration_seconds_count", route="none", method="other", status="405") == 1
     assert count("http_request_duration_seconds_count", route=HEARTBEAT, method="POST", status="200") == 1
     assert count("http_request_duration_seconds_count", route="/sessions", method="POST", status="201") == 1
+
+
+def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests that the document describes, and those without a route, fit twice into the workers' files."""
+    (tmp_path / "slots").touch()
+    monkeypatch.setenv(metric_files.FOLDER, str(tmp_path))
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    app, paths = Flask("counted"), json.loads((ROOT / "app/openapi.json").read_text())["paths"]
+    Metrics().count_requests(app)
+    for path in paths:
+        route = path.replace("{", "<").replace("}", ">")
+        methods = ["GET", "POST", "OPTIONS"]
+        app.add_url_rule(route, route, lambda **_: ("", int(request.args["status"])), methods=methods)
+    everywhere = [200, 400, 408, 413, 500]
+    for path, operations in paths.items():
+        for method, described in {"options": {}, **operations}.items():
+            for status in (*described.get("responses", ()), *everywhere):
+                app.test_client().open(path, method=method, query_string={"status": status})
+    for method in ("GET", "HEAD", "OPTIONS", "POST", "BREW"):
+        app.test_client().open("/nowhere", method=method)
+    for file in tmp_path.glob("*.db"):
+        assert 0 < 2 * int.from_bytes(file.read_bytes()[:4], sys.byteorder) < file.stat().st_size
+        assert file.stat().st_size == metric_files.SIZES[file.stem.removesuffix("_0")]
 
 
 def test_no_paths(alice: Caller) -> None:
