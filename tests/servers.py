@@ -20,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 
 
 # Below the ports that the kernel gives to outgoing connections, one of which could otherwise take a port between its
-# choice and its use; drawn by lot, since tests run side by side. A cluster's nodes use the port 10,000 above as well.
-PORTS = range(10_000, 20_000)
+# choice and its use. Each process of pytest-xdist has a thousand of its own, since it could be another one's choice as
+# well. A cluster's nodes use the port 10,000 above, too.
+FIRST_PORT = 10_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
+PORTS = range(FIRST_PORT, FIRST_PORT + 1_000)
 
 
 def free_port() -> int:
@@ -185,5 +187,5 @@ def gunicorn_process(
             assert process.poll() is None, "gunicorn did not start"
             return socket.create_connection(("127.0.0.1", port), 1).close() is None
 
-        until(listening)
+        until(listening, 60)
         yield process, port
