@@ -42,6 +42,10 @@ class Browser:
         wait = WebDriverWait(self.driver, 10, poll_frequency=0.05)
         return wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, selector)))
 
+    def all(self, selector: str) -> list[WebElement]:
+        """All elements that a CSS selector matches now."""
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
     def complaints(self) -> list[str]:
         """The errors in the console: everything that was refused, blocked or failed."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]

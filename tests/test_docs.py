@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urljoin
 
@@ -117,20 +118,17 @@ class Prefix(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["", "/prefix"], ids=["at the root", "under a prefix"])
-def url(request: pytest.FixtureRequest, service: str) -> Iterator[str]:
-    """The address under which a browser reaches the service."""
-    if not request.param:
-        yield service
-        return
+@pytest.fixture(scope="module")
+def prefixed(service: str) -> Iterator[str]:
+    """The address of the service behind a proxy that serves it under a prefix."""
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (Prefix,), {"service": service})) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{proxy.server_port}{request.param}"
+        yield f"http://127.0.0.1:{proxy.server_port}/prefix"
         proxy.shutdown()
 
 
-@pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Browser]:
+@contextmanager
+def shown(browser: Browser, url: str) -> Iterator[Browser]:
     """A browser that shows the page; afterwards, that nothing of it was refused and no other server was asked."""
     browser.complaints(), browser.requests()
     browser.driver.get(f"{url}/docs")
@@ -140,9 +138,6 @@ def page(browser: Browser, url: str) -> Iterator[Browser]:
     asked = [address for _, address in browser.requests()]
     assert asked[0] == f"{url}/docs"
     assert [address for address in asked if not address.startswith(f"{url}/")] == []
-
-
-root_only = pytest.mark.parametrize("url", [""], indirect=True)
 
 
 @pytest.fixture
@@ -187,16 +182,22 @@ def execute(page: Browser, operation: str, id: str = "") -> tuple[str, dict]:
     return status, json.loads(page.find(f"{block} .live-responses-table .highlight-code code").text)
 
 
-def document(url: str) -> dict:
-    return requests.get(f"{url}/openapi.json").json()
-
-
-@root_only
-def test_shows_every_endpoint(page: Browser, url: str) -> None:
-    """The page lists every endpoint of the document."""
-    paths = document(url)["paths"]
-    shown = [each.text.split()[:2] for each in page.driver.find_elements("css selector", ".opblock-summary-control")]
-    assert sorted(shown) == sorted([method.upper(), path] for path in paths for method in paths[path])
+def test_as_it_opens(browser: Browser, service: str) -> None:
+    """The page lists every endpoint of the document, and what it fills in names no idle timeout, session or subject."""
+    paths = requests.get(f"{service}/openapi.json").json()["paths"]
+    with shown(browser, service) as page:
+        listed = [each.text.split()[:2] for each in page.all(".opblock-summary-control")]
+        filled_in = {}
+        for operation in ("open_session", "heartbeat", "get_session", "revoke", "revoke_all"):
+            block = unfold(page, operation)
+            filled_in[operation] = [
+                each.get_attribute("value") for each in page.all(f"{block} input, {block} textarea")
+            ]
+    assert sorted(listed) == sorted([method.upper(), path] for path in paths for method in paths[path])
+    subject, opened = filled_in.pop("open_session")
+    assert subject == ""
+    assert set(json.loads(opened)) == {"deviceName", "location"}
+    assert filled_in == {**dict.fromkeys(("heartbeat", "get_session", "revoke"), ["", ""]), "revoke_all": ["", "{}"]}
 
 
 UNFOLD = """
@@ -206,41 +207,26 @@ UNFOLD = """
 """
 
 
-@root_only
-def test_phone(phone: None, page: Browser) -> None:
+def test_phone(phone: None, browser: Browser, service: str) -> None:
     """On a phone every endpoint and every schema unfolds, no wider than the screen, and the document has no fault."""
-    page.driver.execute_script(UNFOLD)
-    page.find("#operations-operations-docs .responses-table")
-    page.find(".json-schema-2020-12-property")
-    assert len(page.driver.find_elements("css selector", ".opblock.is-open")) == len(
-        page.driver.find_elements("css selector", ".opblock")
-    )
-    assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
-    assert page.driver.find_elements("css selector", ".errors-wrapper") == []
+    with shown(browser, service) as page:
+        page.driver.execute_script(UNFOLD)
+        page.find("#operations-operations-docs .responses-table")
+        page.find(".json-schema-2020-12-property")
+        assert len(page.all(".opblock.is-open")) == len(page.all(".opblock"))
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
+        assert page.all(".errors-wrapper") == []
 
 
-@root_only
-def test_filled_in(page: Browser) -> None:
-    """What the page fills in names no idle timeout, session or subject: trying it out has no surprise."""
-    filled_in = {}
-    for operation in ("open_session", "heartbeat", "get_session", "revoke", "revoke_all"):
-        block = unfold(page, operation)
-        inputs = page.driver.find_elements("css selector", f"{block} input, {block} textarea")
-        filled_in[operation] = [each.get_attribute("value") for each in inputs]
-    subject, opened = filled_in.pop("open_session")
-    assert subject == ""
-    assert set(json.loads(opened)) == {"deviceName", "location"}
-    assert filled_in == {**dict.fromkeys(("heartbeat", "get_session", "revoke"), ["", ""]), "revoke_all": ["", "{}"]}
-
-
-def test_try_it_out(page: Browser) -> None:
-    """With a token pasted into the dialog a session can be opened, kept alive and ended on the page."""
-    authorise(page)
-    status, opened = execute(page, "open_session")
-    assert status == "201"
-    id = opened["session"]["id"]
-    status, renewed = execute(page, "heartbeat", id)
-    assert (status, renewed["newExpiry"] >= opened["session"]["expiresAt"]) == ("200", True)
-    assert execute(page, "revoke", id) == ("200", {"success": True, "message": "Session revoked successfully"})
-    status, listed = execute(page, "list_sessions")
-    assert (status, id in str(listed)) == ("200", False)
+def test_try_it_out(browser: Browser, prefixed: str) -> None:
+    """With a token a session can be opened, kept alive and ended on the page, also where it is under a prefix."""
+    with shown(browser, prefixed) as page:
+        authorise(page)
+        status, opened = execute(page, "open_session")
+        assert status == "201"
+        id = opened["session"]["id"]
+        status, renewed = execute(page, "heartbeat", id)
+        assert (status, renewed["newExpiry"] >= opened["session"]["expiresAt"]) == ("200", True)
+        assert execute(page, "revoke", id) == ("200", {"success": True, "message": "Session revoked successfully"})
+        status, listed = execute(page, "list_sessions")
+        assert (status, id in str(listed)) == ("200", False)
