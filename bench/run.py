@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from app.config import Config  # noqa: E402
 from app.store import SessionStore, session_key  # noqa: E402
-from app.store.connect import OnePrimary  # noqa: E402
+from app.store.server import OnePrimary  # noqa: E402
 from tests.servers import RedisServer, free_port, running, until  # noqa: E402
 
 SUBJECT = "bench"

@@ -82,7 +82,6 @@ def test_failover(trio: Trio, fault: object, replicas: int) -> None:
             fault(trio)
             until(lambda: trio.sentinel.sentinel_master("main")["port"] != trio.ports[0], 20)
             time.sleep(4)
-            # Opens wait until the replica that has left is taken for lost.
             until(load.all_is_well, 30)
         assert before
         lost = load.lost()

@@ -21,7 +21,8 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from app.config import Config
-from app.store.connect import OnePrimary, connect
+from app.store.connect import connect
+from app.store.server import OnePrimary
 from tests.browser import Browser
 from tests.servers import RedisServer
 

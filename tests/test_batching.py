@@ -23,7 +23,8 @@ from gevent.monkey import is_module_patched
 from app.config import Config
 from app.store import Renewal, SessionNotFound, SessionStore, StoreUnavailable, Unreadable, session_key
 from app.store.batching import Abandoned, GroupCommit
-from app.store.connect import POOL_SIZE, OnePrimary, connect
+from app.store.connect import POOL_SIZE, connect
+from app.store.server import OnePrimary
 from tests.servers import PERSISTENT, ROOT, RedisServer, running, until
 
 # The suite itself is not patched, so greenlets have a process of their own, which runs the scenarios that it is told.

@@ -11,7 +11,7 @@ from schemathesis.config import SchemathesisConfig
 
 from app import create_app
 from app.config import LONGEST_SECONDS, Config
-from app.store.connect import OnePrimary
+from app.store.server import OnePrimary
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 
 from app.config import Config
 from app.store import SessionNotFound, SessionStore, TooManySessions, index_key, session_key
-from app.store.connect import OnePrimary
+from app.store.server import OnePrimary
 from tests.conftest import SECRET
 
 IDLE, ABSOLUTE, LIMIT = 30, 100, 3  # seconds, seconds, sessions

@@ -16,7 +16,8 @@ from flask import Flask
 
 from app import create_app
 from app.config import Config
-from app.store.connect import OnePrimary, connect
+from app.store.connect import connect
+from app.store.server import OnePrimary
 from tests.conftest import FAILURES, SECRET, Caller
 from tests.servers import PERSISTENT, RedisServer, until
 

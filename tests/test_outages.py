@@ -6,8 +6,8 @@ import weakref
 import pytest
 import redis
 
-from app.store.connect import OnePrimary
 from app.store.outages import Outages
+from app.store.server import OnePrimary
 from tests.conftest import Log
 
 

@@ -16,7 +16,8 @@ from flask import Flask
 from app import create_app
 from app.config import Config
 from app.store import SessionStore, index_key, session_key
-from app.store.connect import OnePrimary, connect
+from app.store.connect import connect
+from app.store.server import OnePrimary
 from tests.conftest import FAILURES, SECRET, Caller, immortal, token
 from tests.servers import RedisServer, gunicorn
 

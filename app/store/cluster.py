@@ -11,7 +11,7 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import AskError, RedisClusterException, RedisError
 
 from app.config import addresses_of, credentials_of
-from app.store.handshake import read_reply
+from app.store.server import read_reply
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import logging
 
 import redis
 
-from app.store.connect import Servers, address_of
+from app.store.connect import Servers
+from app.store.server import address_of
 
 log = logging.getLogger(__name__)
 
