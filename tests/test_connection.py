@@ -272,10 +272,7 @@ def test_cluster_refresh(cluster_url: str) -> None:
 
 
 def test_slot_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Path) -> None:
-    """While a slot moves to a node that has none, sessions are kept alive alone and together, and none is called gone.
-
-    redis-py's cluster client follows ASK only to nodes in its map, into which we write.
-    """
+    """While a slot moves to a node that has none, sessions live on alone and together, and none is called gone."""
     app = create_app(config(cluster_url))
     alice, slot, dead = Caller(app), key_slot(b"sessions:{alice}"), "A" * 32
     ids = [alice.open() for _ in range(3)]

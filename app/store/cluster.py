@@ -37,6 +37,7 @@ class Cluster:
             "dynamic_startup_nodes": False,
         }
         self._cluster: RedisCluster | None = None
+        self._newcomers: dict[tuple[str, int], ClusterNode] = {}  # nodes without slots, to which keys have moved
         self._last_error = ""
         self._refreshing = threading.Lock()
         self._refresh()
@@ -60,18 +61,18 @@ class Cluster:
         return [node.name for node in self._cluster.get_primaries()] if self._cluster else ()
 
     def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
-        """Send a command again after MOVED (to redis-py an AskError as well) or ASK: the cluster client follows it.
+        """Send a command again where MOVED (to redis-py an AskError as well) or ASK says.
 
-        Private to redis-py: `nodes_cache`. It follows ASK only to nodes that are in there, and one that is getting its
-        first slot is not: without this the sessions of a slot that moves to a new node would fail until it is there.
+        redis-py's own client follows ASK only to nodes that have slots, and so not to one that is getting its first.
         """
+        self._refresh_slots_async()
         cluster = self._cluster_or_raise()
-        node = ClusterNode(redirection.host, redirection.port)
-        cluster.nodes_manager.nodes_cache.setdefault(node.name, node)
-        try:
-            return cluster.execute_command(*command)
-        except (RedisClusterException, AttributeError) as error:  # the latter where the map is refreshed meanwhile
-            raise redis.ConnectionError(str(error)) from error
+        address = redirection.host, redirection.port
+        node = cluster.get_node(*address) or self._newcomers.setdefault(address, ClusterNode(*address))
+        pipeline = cluster.get_redis_connection(node).pipeline(transaction=False)
+        pipeline.execute_command("ASKING")
+        pipeline.execute_command(*command)
+        return pipeline.execute()[-1]
 
     def failed(self, error: Exception) -> None:
         """Take notice of trouble with a server: another one may have taken its place."""
