@@ -5,10 +5,11 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 from redis.cluster import ClusterNode, RedisCluster
-from redis.exceptions import AskError, RedisClusterException, RedisError
+from redis.exceptions import AskError, RedisClusterException
 
 from app.config import addresses_of, credentials_of
 from app.store.server import read_reply
@@ -23,33 +24,30 @@ class Cluster:
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         """`options` are those of the connections and their pools."""
-        (host, port), *others = addresses_of(url)
-        scheme = url.partition("+")[0]
+        scheme, first = url.partition("+")[0], urlsplit(url).netloc.rpartition("@")[2].partition(",")[0]
         self._options = {
             **options,
             **credentials_of(url),
             "redis_connect_func": read_reply,  # redis-py has one of its own, which calls this at its end
             # Only with a URL does redis-py take a pool of another kind: one with a queue.
-            "url": f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}",
-            "startup_nodes": [ClusterNode(*address) for address in others],
+            "url": f"{scheme}://{first}",
             "connection_pool_class": redis.BlockingConnectionPool,
             # After a restart under new addresses the ones in the URL are the only ones that hold.
             "dynamic_startup_nodes": False,
         }
+        self._addresses = addresses_of(url)
         self._cluster: RedisCluster | None = None
         self._newcomers: dict[tuple[str, int], ClusterNode] = {}  # nodes without slots, to which keys have moved
         self._last_error = ""
-        self._refreshing = threading.Lock()
+        self._trouble = threading.Event()
         self._refresh()
+        # In the background: asking a dead node costs a timeout, for which no caller should wait.
+        threading.Thread(target=self._watch, name="slots", daemon=True).start()
 
     def client_for(self, key: str) -> redis.Redis:
         """The client of the primary that holds a key. Raises redis.ConnectionError while it is not known which."""
-        try:
-            cluster = self._cluster_or_raise()
-            return cluster.get_redis_connection(cluster.get_node_from_key(key))
-        except RedisClusterException as error:
-            self._refresh_slots_async()
-            raise redis.ConnectionError(str(error)) from error
+        cluster = self._cluster_or_raise()
+        return cluster.get_redis_connection(cluster.get_node_from_key(key))
 
     def clients(self) -> Sequence[redis.Redis]:
         """The clients of all primaries. Raises redis.ConnectionError while they are not known."""
@@ -65,7 +63,7 @@ class Cluster:
 
         redis-py's own client follows ASK only to nodes that have slots, and so not to one that is getting its first.
         """
-        self._refresh_slots_async()
+        self._trouble.set()
         cluster = self._cluster_or_raise()
         address = redirection.host, redirection.port
         node = cluster.get_node(*address) or self._newcomers.setdefault(address, ClusterNode(*address))
@@ -76,25 +74,20 @@ class Cluster:
 
     def failed(self, error: Exception) -> None:
         """Take notice of trouble with a server: another one may have taken its place."""
-        self._refresh_slots_async()
+        self._trouble.set()
 
     def _cluster_or_raise(self) -> RedisCluster:
         if self._cluster is None:
-            self._refresh_slots_async()
+            self._trouble.set()
             raise redis.ConnectionError(f"no node of the cluster has answered yet: {self._last_error}")
         return self._cluster
 
-    def _refresh_slots_async(self) -> None:
-        # In the background: asking a dead node costs a timeout, for which no caller should wait.
-        if self._refreshing.acquire(blocking=False):
-            threading.Thread(target=self._refresh_and_rest, name="slots", daemon=True).start()
-
-    def _refresh_and_rest(self) -> None:
-        try:
+    def _watch(self) -> None:
+        while True:
+            self._trouble.wait()
+            self._trouble.clear()
             self._refresh()
             time.sleep(self.REFRESH_EVERY)
-        finally:
-            self._refreshing.release()
 
     def _refresh(self) -> None:
         """Read the map of slots anew.
@@ -104,10 +97,11 @@ class Cluster:
         """
         try:
             if self._cluster is None:
-                self._cluster = RedisCluster(**self._options)
+                nodes = [ClusterNode(*address) for address in self._addresses]  # made here: redis-py adds to them
+                self._cluster = RedisCluster(startup_nodes=nodes, **self._options)
             else:
                 self._cluster.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
-        except (RedisError, RedisClusterException, OSError) as error:
+        except Exception as error:  # whatever it is, the next time another node may know better
             said = str(_cause(error))
             if not self._last_error:
                 log.warning("slots_not_renewed", extra={"reason": said})
