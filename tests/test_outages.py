@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from app.store.outages import Outages
-from app.store.server import OnePrimary
+from app.store.server import address_of
 from tests.conftest import Log
 
 
@@ -17,8 +17,8 @@ class Shards:
     def __init__(self, *ports: int) -> None:
         self.ports = ports
 
-    def addresses(self) -> list[str]:
-        return [f"127.0.0.1:{port}" for port in self.ports]
+    def clients(self) -> list[redis.Redis]:
+        return [server(port) for port in self.ports]
 
     def failed(self, error: Exception) -> None:
         pass
@@ -93,10 +93,11 @@ def test_no_client_is_kept(outages: Outages) -> None:
     "url, address",
     [
         ("redis://127.0.0.1:6380/0", "127.0.0.1:6380"),
+        ("redis://127.0.0.1", "127.0.0.1:6379"),
         ("redis://:secret@[::1]:6380/0", "::1:6380"),
         ("unix:///run/redis.sock", "/run/redis.sock"),
     ],
 )
 def test_address(url: str, address: str) -> None:
     """A server is named by host and port or by its socket, without credentials."""
-    assert OnePrimary(redis.Redis.from_url(url)).addresses() == [address]
+    assert address_of(redis.Redis.from_url(url)) == address

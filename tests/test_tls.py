@@ -184,7 +184,7 @@ def test_cluster(authority: Authority, tmp_path_factory: pytest.TempPathFactory,
         with caller(url, REDIS_CA_CERTS=authority.pem) as alice:
             assert served(alice) == (place == "loopback")
             if place == "loopback":
-                assert len(alice.http.application.extensions["servers"].addresses()) == 3
+                assert len(alice.http.application.extensions["servers"].clients()) == 3
         with caller(url) as alice:
             assert not served(alice)
         with caller(url, REDIS_TLS_VERIFY="off") as alice:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,10 +53,6 @@ class Cluster:
         """The clients of all primaries. Raises redis.ConnectionError while they are not known."""
         cluster = self._cluster_or_raise()
         return [cluster.get_redis_connection(node) for node in cluster.get_primaries()]
-
-    def addresses(self) -> Collection[str]:
-        """The addresses of all primaries, as far as they are known."""
-        return [node.name for node in self._cluster.get_primaries()] if self._cluster else ()
 
     def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
         """Send a command again where MOVED (to redis-py an AskError as well) or ASK says.

@@ -17,7 +17,7 @@ from app.store.outages import described
 from app.store.runner import StoreUnavailable
 
 POLL_SECONDS = 0.05
-CHECK_SECONDS = 5.0  # a connection that is silent for longer is asked whether it is there
+CHECK_SECONDS = 5.0  # between two questions whether a server is there
 CHANNEL = re.compile(r":session:\{(.*)\}:([A-Za-z0-9_-]+)\Z")
 
 
@@ -42,11 +42,16 @@ def expiries(servers: Servers, subject: str | None = None) -> Iterator[Expiry | 
     while True:
         try:
             with ExitStack() as stack:
-                subscriptions = [stack.enter_context(_subscribe(each, keys)) for each in servers.clients()]
+                clients = servers.clients()
+                subscriptions = [stack.enter_context(_subscribe(each, keys)) for each in clients]
                 if missed:
                     yield "Watching again. Sessions may have expired unseen."
                 watching, missed = True, False
-                yield from _notifications(servers, subscriptions)
+                while set(servers.clients()) == set(clients):
+                    yield from _notifications(subscriptions)
+                    # A cluster's slots can move without trouble here: this has it look where they are.
+                    servers.failed(redis.ConnectionError())
+                raise redis.ConnectionError("other servers are primaries now")
         except (RedisError, OSError) as error:
             if isinstance(error, ResponseError) or not watching:
                 raise StoreUnavailable(described(error)) from error
@@ -69,24 +74,18 @@ def _subscribe(client: redis.Redis, keys: str) -> PubSub:
     return subscription
 
 
-def _notifications(servers: Servers, subscriptions: Sequence[PubSub]) -> Iterator[Expiry]:
-    """Raises redis.ConnectionError where a server is silent, or a cluster has other primaries now."""
-    addresses, silent, checked = set(servers.addresses()), set[PubSub](), time.monotonic()
-    while True:
-        heard = False
-        for each in subscriptions:
-            if message := each.get_message(timeout=0):
-                heard = True
-                silent.discard(each)
-                if message["data"] == "expired" and (found := CHANNEL.search(message["channel"])):
-                    yield Expiry(unquote(found[1]), found[2])
-        if time.monotonic() - checked >= CHECK_SECONDS:
-            if silent or addresses != set(servers.addresses()):
-                raise redis.ConnectionError("no answer" if silent else "other servers are primaries now")
-            for each in subscriptions:
-                each.ping()
-            silent, checked = set(subscriptions), time.monotonic()
-            # A cluster's slots can move without trouble here: this has it look where they are.
-            servers.failed(redis.ConnectionError())
+def _notifications(subscriptions: Sequence[PubSub]) -> Iterator[Expiry]:
+    """What expires in the next CHECK_SECONDS. Raises redis.ConnectionError where a server is silent for so long."""
+    for each in subscriptions:
+        each.ping()
+    silent, end = set(subscriptions), time.monotonic() + CHECK_SECONDS
+    while time.monotonic() < end:
+        heard = {each: message for each in subscriptions if (message := each.get_message(timeout=0))}
+        silent -= heard.keys()
+        for message in heard.values():
+            if message["data"] == "expired" and (found := CHANNEL.search(message["channel"])):
+                yield Expiry(unquote(found[1]), found[2])
         if not heard:
             time.sleep(POLL_SECONDS)
+    if silent:
+        raise redis.ConnectionError("no answer")

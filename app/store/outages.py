@@ -29,7 +29,7 @@ class Outages:
                 self._begun.add((what, server))
                 log.error("redis_unavailable", extra={"script": what, "server": server, "reason": described(error)})
         elif self._begun and client:
-            here, present = address_of(client), self._servers.addresses()
+            here, present = address_of(client), [address_of(each) for each in self._servers.clients()]
             # Also over is the trouble with a server that is gone: another one has taken its place.
             over = {each for each in self._begun if each == (what, here) or each[1] not in present}
             self._begun -= over

@@ -1,6 +1,6 @@
 """One server: the first commands on a connection to it, its address, and what it is to have all keys on it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -46,10 +46,6 @@ class OnePrimary:
     def clients(self) -> Sequence[redis.Redis]:
         """The clients of all servers that take writes."""
         return [self._client]
-
-    def addresses(self) -> Collection[str]:
-        """The addresses of all servers that take writes."""
-        return [address_of(client) for client in self.clients()]
 
     def follow(self, redirection: AskError, command: Sequence[Any]) -> Any:
         """Only a cluster redirects."""
