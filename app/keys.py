@@ -2,15 +2,15 @@
 
 import json
 import logging
-import math
 import re
 import ssl
 import threading
 import time
 from base64 import b64encode
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPMessage
+from itertools import islice
 from typing import IO, Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -33,128 +33,101 @@ class KeysUnavailable(Exception):
     """No signing key could ever be loaded."""
 
 
-class VerificationKey(NamedTuple):
-    """What signatures are verified with: the JWS algorithms that it is for, and its id in a key set."""
-
-    key: Key
-    algorithms: Sequence[str]
-    id: str | None = None
-
-
-class KeySet:
-    """Keys by what a token's header says about the one that signed it."""
-
-    def __init__(self, keys: Iterable[VerificationKey] = ()) -> None:
-        self.ids = set[str | None]()
-        self._fitting: dict[str, list[Key]] = defaultdict(list)
-        self._named: dict[tuple[str, str | None], list[Key]] = defaultdict(list)
-        for key in keys:
-            self.ids.add(key.id)
-            for algorithm in key.algorithms:
-                self._fitting[algorithm].append(key.key)
-                self._named[algorithm, key.id].append(key.key)
-
-    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
-        """The keys to try for a token."""
-        # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
-        if key_id is None:
-            return self._fitting.get(algorithm, ())
-        return [*self._named.get((algorithm, key_id), ()), *self._named.get((algorithm, None), ())]
-
-    def most_without_id(self) -> int:
-        """The largest number of keys without an id that can verify the same algorithm."""
-        return max((len(keys) for (_, id), keys in self._named.items() if id is None), default=0)
-
-
-class FixedKeys(KeySet):
+class FixedKeys:
     """Keys that come with the configuration and stay until the next start. They have no ids, and so fit any token's."""
 
     generation, loaded = 0, True
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self._keys = keys
+
+    def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
+        """The keys to try for a token: all of them."""
+        return self._keys
+
+
+class VerificationKey(NamedTuple):
+    """A key of a key set: the JWS algorithms that it is for, and its id."""
+
+    key: Key
+    algorithms: Sequence[str]
+    id: str | None
 
 
 class JwksKeys:
     """A JWK Set (RFC 7517 §5) behind a URL, fetched by a thread of its own so that no request does.
 
-    The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch, at most one
-    in COOLDOWN seconds, and waits for it UNKNOWN_KEY_WAIT seconds at most; a token with a known one never waits. Where
-    the set has a key without an id every token is tried with that, so no id is unknown, and a new key is found only by
-    the refresh every REFRESH_EVERY seconds.
+    The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch and waits for it
+    UNKNOWN_KEY_WAIT seconds at most; in the COOLDOWN seconds after a fetch it does not wait, and is looked up at their
+    end. Where the set has a key without an id every token is tried with that, so no id is unknown, and a new key is
+    found only by the refresh every REFRESH_EVERY seconds.
 
-    `error` says what was wrong with the last fetch, if anything. `generation` grows when the keys change: what was
-    verified under an older one is to be forgotten.
+    `loaded` says whether there are keys: once there are some they stay. `error` says what was wrong with the last
+    fetch, if anything. `generation` grows when the keys change, so that what was verified before can be forgotten.
     """
 
     REFRESH_EVERY = 300.0
-    RETRY_EVERY = 5.0  # while there are no keys at all
     COOLDOWN = 30.0
+    RETRY_EVERY = 5.0  # while there are no keys at all
     UNKNOWN_KEY_WAIT = 1.0
 
     def __init__(self, source: "JwksSource", report: Callable[[float | None], None] = lambda _: None) -> None:
         """`report` is told when a fetch has succeeded, in seconds since the epoch, or None where it has failed."""
-        self.generation, self.error = 0, f"{source.address}: no answer yet"
+        self.generation, self.loaded, self.error = 0, False, f"{source.address}: no answer yet"
         self._source, self._report = source, report
-        self._fetched: Any = None
-        self._keys = KeySet()
-        self._asking = threading.Lock()
-        self._asked = threading.Event()
-        self._asked_at = -math.inf
-        self._answered = threading.Event()  # set when the fetch that was last asked for has ended
+        self._keys: list[VerificationKey] = []
+        self._asked, self._answered = threading.Event(), threading.Event()
         threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
         # The first answers should not be 503 only because the key set is a moment away.
         self._answered.wait(self.UNKNOWN_KEY_WAIT)
 
-    @property
-    def loaded(self) -> bool:
-        """Whether there are keys: once there are some they stay."""
-        return bool(self._keys.ids)
-
     def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
         """The keys to try for a token, MOST_TRIED at most. Raises KeysUnavailable where none could ever be loaded."""
-        if not self.loaded or key_id is not None and not self._keys.ids & {key_id, None}:
-            self._ask_for_fetch()
+        if not self._named(key_id):
+            self._asked.set()
+            self._answered.wait(self.UNKNOWN_KEY_WAIT)
         if not self.loaded:
             raise KeysUnavailable
-        return self._keys.candidates(algorithm, key_id)[:MOST_TRIED]
+        fitting = (key.key for key in self._named(key_id) if algorithm in key.algorithms)
+        return list(islice(fitting, MOST_TRIED))
 
-    def _ask_for_fetch(self) -> None:
-        with self._asking:
-            if time.monotonic() - self._asked_at >= self.COOLDOWN:
-                self._asked_at = time.monotonic()
-                # Wait for a new fetch: one that is under way may have been answered before the issuer published the
-                # key.
-                self._answered = threading.Event()
-                self._asked.set()
-        self._answered.wait(self.UNKNOWN_KEY_WAIT)
+    def _named(self, key_id: str | None) -> Sequence[VerificationKey]:
+        # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
+        return self._keys if key_id is None else [key for key in self._keys if key.id in (key_id, None)]
 
     def _refresh_for_ever(self) -> None:
         while True:
             self._asked.clear()
-            answered = self._answered
             self._refresh()
-            answered.set()
-            self._asked.wait(self.REFRESH_EVERY if self.loaded else self.RETRY_EVERY)
+            self._answered.set()
+            time.sleep(self.COOLDOWN if self.loaded else self.RETRY_EVERY)
+            self._answered.clear()
+            if self.loaded:
+                self._asked.wait(self.REFRESH_EVERY - self.COOLDOWN)
 
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
         try:
-            fetched = self._source.fetch()
-            if fetched != self._fetched:
-                self._use(KeySet(_verification_keys(_members(fetched))))
-                self._fetched = fetched
+            keys = list(_verification_keys(self._source.fetch()))
+            if not keys:
+                raise ValueError("none of its keys can verify a signature")
         except Exception as error:
             self.error = f"{self._source.address}: {_described(error)}"
             log.warning("key_set_not_refreshed", extra={"reason": self.error})
             self._report(None)
         else:
+            self._use(keys)
             self.error = ""
             self._report(time.time())
 
-    def _use(self, keys: KeySet) -> None:
-        if not keys.ids:
-            raise ValueError("none of its keys can verify a signature")
-        self._keys = keys
+    def _use(self, keys: list[VerificationKey]) -> None:
+        keys.sort(key=lambda key: key.id is None)  # what a token names is tried first
+        if keys == self._keys:
+            return
+        self._keys, self.loaded = keys, True
         self.generation += 1
-        if (number := keys.most_without_id()) > MOST_TRIED:
+        without_id = Counter(name for key in keys if key.id is None for name in key.algorithms)
+        if (number := max(without_id.values(), default=0)) > MOST_TRIED:
             log.warning("key_set_too_large", extra={"keys_without_id": number, "tried": MOST_TRIED})
 
 
@@ -228,18 +201,19 @@ def _members(fetched: Any) -> list[Any]:
     return members
 
 
-def _verification_keys(members: Sequence[Any]) -> Iterator[VerificationKey]:
-    """The keys of a set that are of use here; others, such as secrets, are to be ignored (RFC 7517 §5)."""
-    for data in giving_way(members):  # 10,000 keys take half a second
+def _verification_keys(fetched: Any) -> Iterator[VerificationKey]:
+    """The keys of a set that are of use here; others, such as secrets, are to be ignored (RFC 7517 §5).
+
+    Raises ValueError where it is no key set.
+    """
+    for data in giving_way(_members(fetched)):  # 10,000 keys take half a second
+        # What stands in a key set can be anything; one odd key does not spoil the others.
         try:
             jwk = jwt.PyJWK(data)
-            algorithms = algorithms_of(jwk.key)
+            algorithms = [name for name in algorithms_of(jwk.key) if data.get("alg") in (None, name)]
             usable = jwk.public_key_use in (None, "sig") and "verify" in data.get("key_ops", ["verify"])
-        # What stands in a key set can be anything; one odd key does not spoil the others.
         except Exception:
             continue
-        if data.get("alg") is not None:
-            algorithms = tuple(name for name in algorithms if name == data["alg"])
         if usable and algorithms and isinstance(jwk.key_id, str | None):
             yield VerificationKey(jwk.key, algorithms, jwk.key_id)
 
@@ -256,5 +230,4 @@ def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
     keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
     if config.jwt_public_key:
         keys = [load_pem_public_key(config.jwt_public_key.encode())]
-    algorithms = config.algorithms
-    return FixedKeys(VerificationKey(key, algorithms) for key in keys)
+    return FixedKeys(keys)
