@@ -6,7 +6,6 @@ from typing import Any
 
 from flask import Response
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.datastructures import Headers
 
 # No answer is to be stored (RFC 9111 §5.2.2.5) or taken for another type than its own (OWASP ASVS 3.4.4).
 COMMON_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -41,7 +40,7 @@ class HeartbeatResponse(APIResponse):
             *COMMON_HEADERS.items(),
             ("Session-Expires-In", str(expires_in)),
         ]
-        Response.__init__(self, [body.encode()], headers=Headers(head))
+        Response.__init__(self, [body.encode()], headers=head)
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         start_response(self.status, self.headers.to_wsgi_list())

@@ -22,11 +22,10 @@ from app.bodies import BODY_TIMEOUT, LARGEST_BODY
 from app.config import LONGEST_SECONDS, Config
 from app.keys import KeysUnavailable
 from app.schemas import (
+    CHARACTERS,
     MOST_IDS,
     SESSION_ID,
     HeartbeatManySchema,
-    Ids,
-    Instant,
     OpenSchema,
     RevokeAllSchema,
     SessionSchema,
@@ -165,8 +164,8 @@ TYPES: dict[type, dict[str, Any]] = {
     fields.String: {"type": "string"},
     fields.Integer: {"type": "integer"},
     fields.Boolean: {"type": "boolean"},
-    Instant: {"type": "string", "format": "date-time"},
-    Ids: {"type": "array", "minItems": 1, "maxItems": MOST_IDS, "items": {"type": "string"}},
+    fields.Function: {"type": "string", "format": "date-time"},
+    fields.Raw: {"type": "array", "minItems": 1, "maxItems": MOST_IDS, "items": {"type": "string"}},
 }
 
 
@@ -178,7 +177,7 @@ def schema_of(field: fields.Field) -> dict[str, Any]:
             schema = {**schema, "minLength": each.min, "maxLength": each.max}
         elif isinstance(each, validate.Range):
             schema = {**schema, "minimum": each.min, "maximum": each.max}
-        elif isinstance(each, validate.Regexp):
+        elif isinstance(each, validate.Regexp) and each is not CHARACTERS:
             # JSON Schema's regular expressions have no \Z.
             schema = {**schema, "pattern": "^" + each.regex.pattern.removesuffix(r"\Z") + "$"}
     return schema if field.load_default is missing else {**schema, "default": field.load_default}
