@@ -1,26 +1,22 @@
 """Who is calling: bearer tokens (RFC 6750) verified as JWTs (RFC 7519), and the subject they name."""
 
-import contextlib
 import functools
 import re
 import threading
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs
 
 import jwt
-from cachetools import TTLCache
+from cachetools import TTLCache, cached
 from flask import current_app, g, request
 from werkzeug.exceptions import BadRequest
 
 from app.config import Config
 from app.keys import Key, Keys
 
-# RFC 7515 §7.1: three parts of base64url without padding.
-COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 LONGEST_TOKEN = 16_384  # bytes
 LONGEST_SUBJECT = 256
 # A lone surrogate is no character (RFC 8259 §8.2).
@@ -63,7 +59,7 @@ class TokenInvalid(Exception):
     def __init__(self, reason: str, key_id: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
-        self.key_id = "".join(islice(filter(str.isprintable, key_id), 64))
+        self.key_id = "".join(filter(str.isprintable, key_id))[:64]
 
 
 class InsufficientScope(Exception):
@@ -73,10 +69,12 @@ class InsufficientScope(Exception):
 class Caller(NamedTuple):
     """What a token says of its bearer; in a call for another `subject`, the token's own is the `actor`.
 
-    `issued_at` is in whole seconds since the epoch, 0 where the token does not say, and None where an `actor` acts.
+    `expires_at`, with the leeway, and `issued_at` are in whole seconds since the epoch. The latter is 0 where the token
+    does not say, and None where an `actor` acts.
     """
 
     token: str
+    expires_at: int
     subject: str
     issued_at: int | None
     may_act: bool
@@ -87,53 +85,42 @@ class TokenVerifier:
     """Verifies bearer JWTs and returns what they say of the caller."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
-        self._keys = keys
-        # By key generation and token.
-        self._remembered = TTLCache[tuple[int, str], Caller](
+        self._keys, self._config = keys, config
+        self._algorithms = config.algorithms
+        self._decode = functools.partial(
+            jwt.decode,
+            algorithms=self._algorithms,
+            issuer=config.jwt_issuer,
+            audience=config.jwt_audience,
+            leeway=config.jwt_leeway_seconds,
+            options={
+                "require": ["exp", config.jwt_subject_claim],
+                "verify_sub": False,  # PyJWT refuses integers; the contract takes them
+                "verify_aud": bool(config.jwt_audience),
+                "enforce_minimum_key_length": True,
+            },
+        )
+        remembered = TTLCache[tuple[int, str], Caller](
             REMEMBERED_BYTES,
             REMEMBERED_SECONDS,
             timer=time.time,
             getsizeof=lambda caller: ENTRY_BYTES + len(caller.token) + 4 * len(caller.subject),  # 4 bytes a character
         )
-        self._lock = threading.Lock()
-        self._claim = config.jwt_subject_claim
-        self._admin_scope = config.jwt_admin_scope
-        self._algorithms = config.algorithms
-        # Not the module's own decoder: its options are shared by all importers.
-        self._jwt = jwt.PyJWT(
-            {
-                "require": ["exp", self._claim],
-                "verify_sub": False,  # PyJWT refuses integers; the contract takes them
-                "verify_aud": bool(config.jwt_audience),
-                "enforce_minimum_key_length": True,
-            }
-        )
-        self._leeway = config.jwt_leeway_seconds
-        self._expected: dict[str, Any] = {"issuer": config.jwt_issuer, "audience": config.jwt_audience}
+        # When the keys change so does their generation, and no older entry is found any more.
+        remember = cached(remembered, key=lambda token: (keys.generation, token), lock=threading.Lock())
+        self._verify_once: Callable[[str], Caller] = remember(self._verify)
 
     def verify(self, token: str) -> Caller:
         """The caller who sends a token.
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
-        # When the keys change so does their generation, and no older entry is found any more.
-        key = self._keys.generation, token
-        with self._lock:
-            try:
-                return self._remembered[key]
-            except KeyError:
-                pass
-        if len(token) > LONGEST_TOKEN or not COMPACT_JWS.fullmatch(token):
-            raise TokenInvalid("malformed")
-        claims = self._verify(token)
-        caller = Caller(token, str(claims[self._claim]), _issued_at(claims), self._may_act(claims))
-        # A token that expires before its entry does is not remembered. PyJWT leaves fractions of a second out.
-        if int(claims["exp"]) + self._leeway >= time.time() + REMEMBERED_SECONDS:
-            with self._lock:
-                self._remembered[key] = caller
-        return caller
+        caller = self._verify_once(token)
+        return caller if time.time() < caller.expires_at else self._verify(token)
 
-    def _verify(self, token: str) -> dict[str, Any]:
+    def _verify(self, token: str) -> Caller:
+        if len(token) > LONGEST_TOKEN or "=" in token:  # PyJWT takes padding; RFC 7515 §2 has none
+            raise TokenInvalid("malformed")
         key_id: str | None = None
         try:
             # The header alone, to choose the key; the token is parsed once, with that key.
@@ -141,30 +128,23 @@ class TokenVerifier:
             algorithm, key_id = header.get("alg"), header.get("kid")
             if algorithm not in self._algorithms:
                 raise jwt.InvalidAlgorithmError
-            key = _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id))
-            claims = self._jwt.decode(token, key, self._algorithms, leeway=self._leeway, **self._expected)
+            claims = self._decode(token, _signing_key(token, algorithm, self._keys.candidates(algorithm, key_id)))
             if type(claims["exp"]) not in (int, float):  # PyJWT takes "1893456000" too; RFC 7519 §2 wants a number
                 raise jwt.MissingRequiredClaimError("exp")
-            subject = claims[self._claim]
+            subject = claims[self._config.jwt_subject_claim]
             if type(subject) not in (str, int) or not SUBJECT.fullmatch(str(subject)):
                 raise jwt.exceptions.InvalidSubjectError
-            return claims
         # PyJWT lets the others escape for odd headers and payloads.
         except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TokenInvalid(REASONS.get(type(error), "malformed"), key_id or "") from None
+        expires_at = int(claims["exp"]) + self._config.jwt_leeway_seconds  # PyJWT leaves fractions of a second out
+        return Caller(token, expires_at, str(subject), max(0, int(claims.get("iat", 0))), self._may_act(claims))
 
     def _may_act(self, claims: dict[str, Any]) -> bool:
-        if self._admin_scope is None:
-            return False
         given = [claims.get(name) for name in SCOPE_CLAIMS]
         lists = [scopes.split(" ") if isinstance(scopes, str) else scopes for scopes in given]
-        return any(isinstance(scopes, list) and self._admin_scope in scopes for scopes in lists)
-
-
-def _issued_at(claims: dict[str, Any]) -> int:
-    # RFC 7519 §4.1.6 wants a number. What is far in the future has been refused; what lies before the epoch is 0.
-    given = claims.get("iat")
-    return max(0, int(given)) if isinstance(given, int | float) else 0
+        wanted = self._config.jwt_admin_scope
+        return wanted is not None and any(isinstance(scopes, list) and wanted in scopes for scopes in lists)
 
 
 def _signing_key(token: str, algorithm: str, candidates: Sequence[Key]) -> Key:
@@ -176,9 +156,8 @@ def _signing_key(token: str, algorithm: str, candidates: Sequence[Key]) -> Key:
     raw = urlsafe_b64decode(signature + "==")
     check = jwt.get_algorithm_by_name(algorithm)
     for key in candidates:
-        with contextlib.suppress(jwt.InvalidKeyError):
-            if check.verify(signed.encode(), check.prepare_key(key), raw):
-                return key
+        if check.verify(signed.encode(), check.prepare_key(key), raw):
+            return key
     raise jwt.InvalidSignatureError
 
 
@@ -215,9 +194,8 @@ def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
 
 def _act_for_subject(caller: Caller, query: bytes) -> None:
     # Werkzeug would make "%FF" of what is no UTF-8.
-    fields = parse_qsl(query.decode(errors="surrogateescape"), keep_blank_values=True, errors="surrogateescape")
-    named = [value for name, value in fields if name == "subject"]
-    if not named:
+    fields = parse_qs(query.decode(errors="surrogateescape"), keep_blank_values=True, errors="surrogateescape")
+    if not (named := fields.get("subject")):
         return
     valid = len(named) == 1 and SUBJECT.fullmatch(named[0])
     g.caller = caller._replace(subject=named[0] if valid else "", issued_at=None, actor=caller.subject)

@@ -81,13 +81,14 @@ class JwksKeys:
 
     def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
         """The keys to try for a token, MOST_TRIED at most. Raises KeysUnavailable where none could ever be loaded."""
-        if not self._named(key_id):
+        named = self._named(key_id)
+        if not named:
             self._asked.set()
             self._answered.wait(self.UNKNOWN_KEY_WAIT)
+            named = self._named(key_id)
         if not self.loaded:
             raise KeysUnavailable
-        fitting = (key.key for key in self._named(key_id) if algorithm in key.algorithms)
-        return list(islice(fitting, MOST_TRIED))
+        return list(islice((key.key for key in named if algorithm in key.algorithms), MOST_TRIED))
 
     def _named(self, key_id: str | None) -> Sequence[VerificationKey]:
         # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
