@@ -137,14 +137,15 @@ def credentials_of(url: str) -> dict[str, str | None]:
 
 
 def parse_ca_certs(text: str) -> str:
-    """CA certificates: PEM (RFC 7468), which may be on one line with \\n spelled out, or the path of a file with it."""
-    pem = text.replace("\\r", "").replace("\\n", "\n")
-    given = pem if pem.startswith("-----BEGIN") else None
+    """The PEM (RFC 7468) of CA certificates, out of a PEM, in which \\n may stand for a line break, or of a file."""
     try:
-        load_pem_x509_certificates(given.encode() if given else Path(text).read_bytes())
+        given = text.replace("\\r", "").replace("\\n", "\n").encode()
+        pem = given if given.startswith(b"-----BEGIN") else Path(text).read_bytes()
+        certificates = load_pem_x509_certificates(pem)
     except (ValueError, OSError):
         raise ValidationError("must be a PEM certificate or the path of a file with it") from None
-    return given or text
+    # Without the text that may stand between them: ssl takes ASCII only.
+    return "".join(each.public_bytes(Encoding.PEM).decode() for each in certificates)
 
 
 def parse_public_key(text: str) -> str:

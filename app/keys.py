@@ -138,7 +138,7 @@ class JwksSource:
     LARGEST = 1_000_000  # bytes
 
     def __init__(self, url: str, ca_certs: str | None = None) -> None:
-        """CA certificates are PEM or the path of a file with it; without any the system's are trusted."""
+        """CA certificates are PEM; without any the system's are trusted."""
         credentials, _, host = urlsplit(url).netloc.rpartition("@")
         full = urlsplit(url)._replace(netloc=host)
         self.address = full._replace(query="", fragment="").geturl()  # without what may be secret
@@ -147,8 +147,7 @@ class JwksSource:
         if credentials:  # RFC 7617; not for the server that this one redirects to
             basic = b64encode(unquote_to_bytes(credentials)).decode()
             self._request.add_unredirected_header("Authorization", f"Basic {basic}")
-        pem = ca_certs if ca_certs and ca_certs.startswith("-----BEGIN") else None
-        context = ssl.create_default_context(cafile=None if pem else ca_certs, cadata=pem)
+        context = ssl.create_default_context(cadata=ca_certs)
         self._opener = build_opener(_HttpsRedirects, HTTPSHandler(context=context))
 
     def fetch(self) -> Any:

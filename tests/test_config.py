@@ -487,16 +487,16 @@ def test_jwks_http() -> None:
 @pytest.mark.parametrize("variable", ["REDIS_CA_CERTS", "JWT_JWKS_CA_CERTS"])
 def test_ca_certs(tmp_path: Path, variable: str) -> None:
     """CA certificates are PEM, with line breaks as they are or spelled out, or the path of a file with it."""
-    (tmp_path / "ca.crt").write_text(CERTIFICATE)
+    (tmp_path / "ca.crt").write_text(f"{CERTIFICATE}\nF\u0151tan\u00fas\u00edtv\u00e1ny\n{CERTIFICATE}")
     values = {
-        CERTIFICATE: CERTIFICATE,
-        CERTIFICATE.replace("\n", "\\n"): CERTIFICATE,
-        CERTIFICATE.replace("\n", "\\r\\n"): CERTIFICATE,
-        str(tmp_path / "ca.crt"): str(tmp_path / "ca.crt"),
+        CERTIFICATE: 1,
+        CERTIFICATE.replace("\n", "\\n"): 1,
+        CERTIFICATE.replace("\n", "\\r\\n"): 1,
+        str(tmp_path / "ca.crt"): 2,
     }
     environ = environment({"REDIS_URL": "rediss://host", "JWT_JWKS_URL": "https://issuer.example"})
     loaded = [getattr(Config.from_env({**environ, variable: value}), variable.lower()) for value in values]
-    assert loaded == list(values.values())
+    assert loaded == [f"{CERTIFICATE}\n" * number for number in values.values()]
 
 
 def test_audiences() -> None:

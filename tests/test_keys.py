@@ -654,14 +654,11 @@ def test_empty_set_is_not_fetched(issuer: Issuer, key: Key) -> None:
     until(lambda: fetched_at() != before)
 
 
-@pytest.mark.parametrize("trusted", ["file", "PEM"])
-def test_private_authority(issuer: Issuer, key: Key, folder: Path, trusted: str) -> None:
-    """JWT_JWKS_CA_CERTS names the authority of an issuer inside a company, as PEM or as a file."""
+def test_private_authority(issuer: Issuer, key: Key, folder: Path) -> None:
+    """JWT_JWKS_CA_CERTS names the authority of an issuer inside a company."""
     authority = Authority()
     issuer.use_tls(*authority.issue(folder, x509.DNSName("localhost")))
-    (folder / "ca.pem").write_text(authority.pem)
-    certificates = authority.pem if trusted == "PEM" else str(folder / "ca.pem")
-    assert status(app_of(issuer, issuer.url, jwt_jwks_ca_certs=certificates), key.token()) == 200
+    assert status(app_of(issuer, issuer.url, jwt_jwks_ca_certs=authority.pem), key.token()) == 200
 
 
 def test_redirect_to_https(issuer: Issuer, key: Key, folder: Path) -> None:

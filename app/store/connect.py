@@ -57,10 +57,7 @@ def _tls(config: Config) -> dict[str, Any]:
     if not config.redis_tls_verify:
         log.warning("redis_tls_not_verified")
         return {"ssl_cert_reqs": "none"}
-    pinned = config.redis_ca_certs
-    if pinned and pinned.startswith("-----BEGIN"):
-        return {"ssl_ca_data": pinned}
-    return {"ssl_ca_certs": pinned}
+    return {"ssl_ca_data": config.redis_ca_certs}
 
 
 def _in_process() -> redis.Redis:
