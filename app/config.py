@@ -6,18 +6,15 @@ import os
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_der_public_key,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 from cryptography.x509 import load_der_x509_certificate, load_pem_x509_certificates
 from marshmallow import EXCLUDE, Schema, ValidationError
 from marshmallow.fields import Boolean, Field, Float, Function, Integer, String
@@ -148,22 +145,20 @@ def parse_ca_certs(text: str) -> str:
     return "".join(each.public_bytes(Encoding.PEM).decode() for each in certificates)
 
 
-def parse_public_key(text: str) -> str:
-    """A public key or an X.509 certificate, in PEM (RFC 7468) or its base64 alone; gives PEM of the key.
+def parse_public_key(text: str) -> PublicKeyTypes:
+    """The key in a PEM (RFC 7468) of a public key or an X.509 certificate, or in its base64 alone.
 
     A PaaS keeps a PEM on one line, with \\n spelled out.
     """
     base64 = re.sub(r"-----(BEGIN|END) (CERTIFICATE|(RSA )?PUBLIC KEY)-----|\\[rn]|\s", "", text)
-    try:
+    with suppress(ValueError, UnsupportedAlgorithm):
         der = b64decode(base64, validate=True)
         try:
             key = load_der_public_key(der)
         except ValueError:
             key = load_der_x509_certificate(der).public_key()
         if algorithms_of(key):
-            return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    except (ValueError, UnsupportedAlgorithm):
-        pass
+            return key
     raise ValidationError("must be a PEM public key: RSA of 2048 bits or more, EC or Ed25519")
 
 
@@ -198,7 +193,7 @@ class Config:
     redis_tls_verify: bool = setting(on_off(), True)
     redis_wait_replicas: int = setting(whole_number(0, 5), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
-    jwt_public_key: str | None = setting(parse_public_key, secret=True)
+    jwt_public_key: PublicKeyTypes | None = setting(parse_public_key, secret=True)
     jwt_jwks_url: str | None = setting(HTTP_URL, secret=True)
     jwt_jwks_http: bool = setting(on_off(), False)
     jwt_jwks_ca_certs: str | None = setting(parse_ca_certs, secret=True)
@@ -281,7 +276,7 @@ class Config:
             shortest = min(len(secret.encode()) for secret in self.jwt_secret)
             return tuple(name for name, least in HMAC_KEY_BYTES.items() if least <= shortest)
         if self.jwt_public_key:
-            return algorithms_of(load_pem_public_key(self.jwt_public_key.encode()))
+            return algorithms_of(self.jwt_public_key)
         return PUBLIC_KEY_ALGORITHMS
 
     @property

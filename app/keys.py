@@ -15,7 +15,6 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 import jwt
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from app.config import LOOPBACK_URL, VERSION, Config, algorithms_of
 from app.deadline import deadline, giving_way
@@ -204,5 +203,5 @@ def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
         return JwksKeys(JwksSource(url, config.jwt_jwks_ca_certs), report)
     keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
     if config.jwt_public_key:
-        keys = [load_pem_public_key(config.jwt_public_key.encode())]
+        keys = [config.jwt_public_key]
     return FixedKeys(keys)

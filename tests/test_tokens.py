@@ -57,8 +57,8 @@ def pem(kind: str) -> str:
 
 
 def public_key(kind: str) -> dict[str, Any]:
-    """The settings of an app that verifies with a PEM."""
-    return {**STRICT, "jwt_secret": (), "jwt_public_key": pem(kind)}
+    """The settings of an app that verifies with a public key."""
+    return {**STRICT, "jwt_secret": (), "jwt_public_key": private_key(kind).public_key()}
 
 
 def rsa_app() -> dict[str, Any]:
