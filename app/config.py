@@ -31,18 +31,14 @@ LONGEST_SECONDS = 10 * 365 * 86400
 
 _USER = r"([^@/?#\s]*@)?"
 _HOST = r"([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d{1,5})?"
-_SERVER = rf"{_USER}{_HOST}(/|/[0-9]+)?(\?db=[0-9]+)?"
-_SERVERS = rf"{_USER}{_HOST}(,{_HOST})*"
-# For each scheme the pattern of the rest of the URL, and an example.
+_HOSTS = rf"{_HOST}(,{_HOST})*"
+# For each scheme the pattern of the rest of the URL, and an example. With rediss for redis it is the same over TLS.
 REDIS_URLS = {
-    "redis": (_SERVER, "redis://user:password@host:6379/0"),
-    "rediss": (_SERVER, "rediss://user:password@host:6379/0"),
-    "unix": (rf"{_USER}/[^?#]+(\?db=[0-9]+)?", "unix:///run/redis.sock?db=0"),
-    "redis+sentinel": (rf"{_SERVERS}/[^/?#]+(/[0-9]+)?", "redis+sentinel://host:26379,host:26379/service/0"),
-    "rediss+sentinel": (rf"{_SERVERS}/[^/?#]+(/[0-9]+)?", "rediss+sentinel://host:26379,host:26379/service/0"),
-    "redis+cluster": (rf"{_SERVERS}/?", "redis+cluster://user:password@host:6379,host:6379"),
-    "rediss+cluster": (rf"{_SERVERS}/?", "rediss+cluster://user:password@host:6379,host:6379"),
-    "memory": (r"/?", "memory://"),
+    "redis": (rf"{_USER}{_HOST}(/[0-9]*)?(\?db=[0-9]+)?", "user:password@host:6379/0"),
+    "unix": (rf"{_USER}/[^?#]+(\?db=[0-9]+)?", "/run/redis.sock?db=0"),
+    "redis+sentinel": (rf"{_USER}{_HOSTS}/[^/?#]+(/[0-9]+)?", "user:password@host:26379,host:26379/service/0"),
+    "redis+cluster": (rf"{_USER}{_HOSTS}/?", "user:password@host:6379,host:6379"),
+    "memory": (r"/?", ""),
 }
 
 # Python reads bytes that are not UTF-8 as lone surrogates.
@@ -104,20 +100,17 @@ def parse_redis_url(text: str) -> str:
     """The address of Redis. No option in it may undo the timeouts that bound every answer."""
     scheme, _, rest = text.partition("://")
     scheme = scheme.replace("valkey", "redis")
-    if scheme not in REDIS_URLS:
-        raise ValidationError("must start with " + ", ".join(f"{scheme}://" for scheme in REDIS_URLS))
-    pattern, rule = REDIS_URLS[scheme]
+    plain = scheme.replace("rediss", "redis")
+    if plain not in REDIS_URLS:
+        known = ", ".join(f"{known}://" for known in REDIS_URLS)
+        raise ValidationError(f"must start with {known}, or with rediss for redis over TLS")
+    pattern, example = REDIS_URLS[plain]
     url = f"{scheme}://{rest}"
-    try:
+    with suppress(ValueError):  # a port above 65535
         if re.fullmatch(pattern, rest) and addresses_of(url):
             return url
-    except ValueError:  # a port above 65535
-        pass
-    if "ssl_" in rest:
-        rule += "; TLS is up to REDIS_TLS_VERIFY and REDIS_CA_CERTS"
-    elif "@" in rest:
-        rule += "; in a user name and a password, percent-encode what is neither a letter nor a digit"
-    raise ValidationError(f"must look like {rule}")
+    rule = f"must look like {scheme}://{example}, with user and password percent-encoded"
+    raise ValidationError(f"{rule}; no option is taken here, and TLS is up to REDIS_TLS_VERIFY and REDIS_CA_CERTS")
 
 
 def addresses_of(url: str) -> list[tuple[str, int]]:
@@ -245,14 +238,11 @@ class Config:
         """Problems of a combination. A variable that was given and refused is not reported as missing, too."""
         if not given & {"REDIS_URL", "REDIS_TLS_URL"}:
             yield "REDIS_URL: must be set"
-        if self.redis_url.startswith("memory:") and self.web_concurrency > 1:
-            yield "REDIS_URL: memory:// is one process's own; it needs WEB_CONCURRENCY=1"
-        if self.redis_url.startswith("memory:") and self.redis_wait_replicas:
-            yield "REDIS_WAIT_REPLICAS: memory:// has no replicas"
-        if self.redis_ca_certs and not self.redis_tls_verify:
-            yield "REDIS_CA_CERTS: is of no use with REDIS_TLS_VERIFY=off"
-        if self.redis_ca_certs and self.redis_url and not self.redis_url.startswith("rediss"):
-            yield "REDIS_CA_CERTS: is of use with rediss:// only; nothing else is encrypted"
+        if self.redis_url.startswith("memory:") and (self.web_concurrency > 1 or self.redis_wait_replicas):
+            yield "REDIS_URL: memory:// is one process's own; it needs WEB_CONCURRENCY=1 and REDIS_WAIT_REPLICAS=0"
+        verified = self.redis_url.startswith("rediss") and self.redis_tls_verify
+        if self.redis_ca_certs and self.redis_url and not verified:
+            yield "REDIS_CA_CERTS: is of use with rediss:// only, and not with REDIS_TLS_VERIFY=off"
         if (url := self.jwt_jwks_url or "").startswith("http:") and not (self.jwt_jwks_http or LOOPBACK_URL.match(url)):
             yield "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
         if self.jwt_jwks_ca_certs and not url.startswith("https:"):
@@ -264,8 +254,7 @@ class Config:
             yield f"SESSION_IDLE_SECONDS={idle}: must not be more than SESSION_IDLE_MAX_SECONDS={most}"
         sources = [name for name in KEY_SOURCES if name in given]
         if len(sources) != 1:
-            number = f"not {len(sources)}: {', '.join(sources)}" if sources else "none is"
-            yield f"{', '.join(KEY_SOURCES)}: exactly one must be set, {number}"
+            yield f"{', '.join(KEY_SOURCES)}: exactly one must be set, not {' and '.join(sources) or 'none'}"
         elif getattr(self, sources[0].lower()):
             possible = self._possible_algorithms()
             if unfit := ", ".join(name for name in self.jwt_algorithms if name not in possible):

@@ -97,7 +97,7 @@ def commands_in(environ: dict[str, str], *words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-SECRETS = "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, none is"
+SECRETS = "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, not none"
 
 
 @pytest.mark.parametrize(
