@@ -150,7 +150,7 @@ def test_refused(copy: Path) -> None:
     """Where the configuration is refused this is all that is said."""
     result = made(copy, "run", SESSION_LIMIT="many")
     assert result.returncode != 0
-    assert "SESSION_LIMIT='many': must be a whole number" in result.stderr and result.stdout == ""
+    assert "SESSION_LIMIT='many': Not a valid integer" in result.stderr and result.stdout == ""
 
 
 def test_dotenv_is_for_make(copy: Path) -> None:
