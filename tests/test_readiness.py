@@ -222,9 +222,9 @@ def test_rights_doctor(port: int) -> None:
             grant(client, rights)
             with serving(f"redis://sessions:PASSWORD@127.0.0.1:{port}/0") as app:
                 output = app.test_cli_runner().invoke(args=["doctor"]).output
-            said.append([re.sub(r"[0-9.]+ (ms|s)", "", line) for line in output.splitlines()])
-    assert said[1] == said[2] and len(said[0]) < len(said[1])
-    assert not any(line.startswith("failure") for line in said[0])
+            said.append(re.sub(r"[0-9.]+ ms", "", output))
+    assert said[1] == said[2] != said[0]
+    assert "failure" not in said[0]
 
 
 def test_rights_cluster(tmp_path: Path) -> None:
