@@ -12,7 +12,7 @@ from flask import Blueprint, Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 
 from app import doctor, events
-from app.auth import LONGEST_SUBJECT
+from app.auth import LONGEST_SUBJECT, SUBJECT
 from app.config import Config, ConfigError
 from app.responses import rfc3339
 from app.schemas import SessionSchema
@@ -21,6 +21,7 @@ from app.store import SessionNotFound, StoreUnavailable
 from app.store.expiries import Expiry, NotEnabled, expiries
 
 bp = Blueprint("cli", __name__, cli_group=None)
+ROW = "{:32}  {:24}  {:24}  {:24}  {}"  # of the list of sessions
 # Commands say themselves what is wrong. Where no log is configured Python would print the log's warnings beside that.
 logging.getLogger("app").addHandler(logging.NullHandler())
 
@@ -38,8 +39,9 @@ def commands_only(error: ConfigError) -> Flask:
     return app
 
 
-def _problems() -> list[str]:
-    return current_app.extensions.get("problems", [])  # type: ignore[no-any-return]
+def _problems(prefix: str = "") -> list[str]:
+    """What is wrong with the variables that begin so."""
+    return [each for each in current_app.extensions.get("problems", []) if each.startswith(prefix)]
 
 
 @bp.cli.command()
@@ -48,15 +50,17 @@ def _problems() -> list[str]:
 def token(subject: str, seconds: int) -> None:
     """Print a token for SUBJECT, for development: only with JWT_SECRET."""
     config: Config = current_app.extensions["config"]
-    if problems := [each for each in _problems() if each.startswith("JWT_")]:
+    if problems := _problems("JWT_"):
         raise click.ClickException("; ".join(problems))
     if not config.jwt_secret:
         raise click.ClickException("only the issuer can sign tokens; JWT_SECRET is not set")
-    if not 0 < len(subject) <= LONGEST_SUBJECT:
+    if not SUBJECT.fullmatch(subject):
         raise click.ClickException(f"a subject has 1 to {LONGEST_SUBJECT} characters")
-    claims = {config.jwt_subject_claim: subject, "exp": int(time.time()) + seconds}
-    optional = {"iss": config.jwt_issuer, "aud": next(iter(config.jwt_audience), None)}
-    claims.update({name: value for name, value in optional.items() if value})
+    claims: dict[str, Any] = {config.jwt_subject_claim: subject, "exp": int(time.time()) + seconds}
+    if config.jwt_issuer:
+        claims["iss"] = config.jwt_issuer
+    if config.jwt_audience:
+        claims["aud"] = config.jwt_audience
     click.echo(jwt.encode(claims, config.jwt_secret[0], config.algorithms[0]))
 
 
@@ -83,17 +87,17 @@ def sessions() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print them as GET /sessions does.")
 def list_sessions(subject: str, as_json: bool) -> None:
     """Print SUBJECT's live sessions, the most recently active first; exit code 1 where there is none."""
-    found = store().list(subject)
+    found = SessionSchema(many=True).dump(store().list(subject))
     if as_json:
-        click.echo(json.dumps(SessionSchema(many=True).dump(found)))
+        click.echo(json.dumps(found))
     elif found:
-        click.echo(
-            f"{'session':32}  {'started':24}  {'last active':24}  {'expires':24}  login, device, address, location"
-        )
+        click.echo(ROW.format("session", "started", "last active", "expires", "login, device, address, location"))
         for each in found:
-            times = "  ".join(map(rfc3339, [each.started_at_ms, each.last_activity_ms, each.expires_at_ms]))
-            described = [each.login_method, each.device_name, each.ip_address, each.location]
-            click.echo(_printable(f"{each.id:32}  {times}  {', '.join(filter(None, described))}"))
+            described = [each[name] for name in ("loginMethod", "deviceName", "ipAddress", "location") if name in each]
+            times = each["startedAt"], each["lastActivity"], each["expiresAt"]
+            line = ROW.format(each["id"], *times, ", ".join(described))
+            # Callers choose these names, and control characters could steer a terminal.
+            click.echo("".join(filter(str.isprintable, line)))
     click.echo(f"live sessions: {len(found)}", err=as_json)
     raise SystemExit(not found)
 
@@ -148,8 +152,3 @@ def doctor_() -> None:
         click.echo(f"{finding.level:8} {finding.text}")
         failed |= finding.level == "failure"
     raise SystemExit(failed)
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which could steer a terminal: the callers choose these names."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -164,13 +164,15 @@ def test_preload_is_refused() -> None:
     assert "Booting worker" not in served.stdout and "Traceback" not in served.stdout + served.stderr
 
 
-def test_cluster_as_one_server(folder: Path) -> None:
+@pytest.mark.parametrize("forbidden", ["", "-info"])
+def test_cluster_as_one_server(folder: Path, forbidden: str) -> None:
     """A cluster behind the URL of one server would be served by half: the start is refused, naming the scheme."""
     port = free_port()
     while port > 55_000:  # the nodes talk to each other 10,000 ports further up
         port = free_port()
     with RedisServer(folder, "--port", str(port), "--cluster-enabled", "yes", *PERSISTENT) as server:
-        looked = run(server.url, "wsgi")
+        server.client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", *forbidden.split())
+        looked = run(f"redis://app:pw@127.0.0.1:{port}", "wsgi")
     expected = "Redis is a cluster: REDIS_URL must begin with redis+cluster://, or rediss+cluster:// over TLS"
     assert (looked.returncode, looked.stdout.splitlines(), looked.stderr) == (1, [expected], "")
 
