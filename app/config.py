@@ -53,8 +53,8 @@ ORIGIN = Regexp(  # RFC 6454 §6.2
 )
 # RFC 6749 §3.3, without its separator.
 SCOPE = Regexp(r"[!#-\[\]-~]+\Z", error="must be one scope: printable ASCII without space, quote and backslash")
-METRICS_TOKEN = Regexp(
-    r"([\w.~+/=-]{16,}|off)\Z", re.ASCII, error="must be 16 or more letters, digits and -._~+/=, or off"
+METRICS_TOKEN = Regexp(  # RFC 6750 §2.1
+    r"([\w.~+/-]{16,}=*|off)\Z", re.ASCII, error="must be 16 or more letters, digits and -._~+/, or off"
 )
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import flask_swagger_ui  # type: ignore[import-untyped]
 from flask import Blueprint, Response, current_app, jsonify, request
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from app import metric_files
-from app.auth import TokenMissing, bearer_token
 from app.config import VERSION
 from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
 from app.metrics import counted
@@ -50,46 +49,34 @@ def readiness() -> Response:
     return jsonify(status="ok")
 
 
-class ScrapeTimeMetrics(Collector):
-    """Metrics that are worked out when Prometheus asks: the build, and whether Redis takes writes."""
+class AllMetrics(Collector):
+    """What has been counted, by all workers or, where they have no folder to share, by this one; and what is so now."""
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, after at most the 1.5 seconds that `probe` takes."""
         build = {"version": VERSION, "python": platform.python_version()}
         yield InfoMetricFamily("session_heartbeat_build", "What is running.", build)
+        # Before the counters are read: scrapes that arrive while the probe waits share the result.
         try:
             current_app.extensions["session_store"].probe()
             up = 1
         except StoreUnavailable:
             up = 0
         yield GaugeMetricFamily("redis_up", "Whether Redis takes writes from the worker that was asked.", up)
+        yield from (metric_files.of_all_workers() or counted().registry).collect()
 
 
 @metrics_bp.get("/metrics")
 def metrics() -> Response:
-    """Metrics for Prometheus, of all workers, or of the one that answers where they have no folder to share."""
-    config = current_app.extensions["config"]
-    if config.metrics_token and (sentence := _refused(config.metrics_token)):
+    """Metrics for Prometheus."""
+    expected, given = current_app.extensions["config"].metrics_token, request.authorization
+    # This token is none of an issuer's, and so not counted with those where it is refused.
+    bearer = given.token or "" if given and given.type == "bearer" else None
+    if expected and not (bearer and compare_digest(bearer.encode(), expected.encode())):
+        sentence = TOKEN_MISSING if bearer is None else TOKEN_INVALID
         return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
-
-    def collect() -> bytes:
-        at_scrape = CollectorRegistry()
-        at_scrape.register(ScrapeTimeMetrics())
-        # These first: the probe waits, and scrapes that arrive meanwhile share the result.
-        text = generate_latest(at_scrape)
-        return generate_latest(metric_files.of_all_workers() or counted().registry) + text
-
-    text = current_app.extensions["scrapes"](collect)
+    text = current_app.extensions["scrapes"](lambda: generate_latest(AllMetrics()))
     return Response(text, content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
-
-
-def _refused(token: str) -> str | None:
-    """What is wrong with the caller's token. It is none of an issuer's, and so not counted with those."""
-    try:
-        given = bearer_token(request.environ)
-    except TokenMissing:
-        return TOKEN_MISSING
-    return None if compare_digest(given.encode(), token.encode()) else TOKEN_INVALID
 
 
 @bp.get("/openapi.json")

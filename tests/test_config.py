@@ -229,7 +229,7 @@ CA_RULE = "must be a PEM certificate or the path of a file with it"
                 ("a key", RSA_PEM),
             ]
         ),
-        bad_secret("short", "METRICS_TOKEN", "hunter2", "must be 16 or more letters, digits and -._~+/=, or off"),
+        bad_secret("short", "METRICS_TOKEN", "hunter2", "must be 16 or more letters, digits and -._~+/, or off"),
         bad_secret("a space", "METRICS_TOKEN", "hunter2 hunter2 hunter2", "must be 16 or more letters, digits and"),
         bad_secret("short", "LOG_KEY", "hunter2", "Shorter than minimum length 16."),
         bad_secret("short", "JWT_SECRET", "hunter2" * 4, "every secret must have 32 bytes or more"),

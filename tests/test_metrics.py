@@ -243,6 +243,7 @@ def test_token(make_app: Callable[..., Flask]) -> None:
     assert http.get("/metrics", headers={"Authorization": f"Bearer {token()}"}).status_code == 401
     assert http.get("/metrics", headers={"Authorization": "Bearer 0123456789abcdef"}).status_code == 200
     assert http.get("/metrics", headers={"Authorization": "Bearer \xe9"}).status_code == 401
+    assert http.get("/metrics", headers={"Authorization": "Token 0123456789abcdef"}).status_code == 401
 
 
 def test_wrong_token_is_no_refused_session(make_app: Callable[..., Flask], log: Log) -> None:
