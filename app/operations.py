@@ -6,7 +6,7 @@ from hmac import compare_digest
 from pathlib import Path
 
 import flask_swagger_ui  # type: ignore[import-untyped]
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request, send_from_directory
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -20,6 +20,7 @@ from app.responses import APIResponse
 from app.store import StoreUnavailable
 
 HERE = Path(__file__).parent
+PAGE = HERE / "swagger"
 SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
 # The icons are in the style sheet, as data.
 POLICY = (
@@ -27,7 +28,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-bp = Blueprint("operations", __name__, static_folder=SWAGGER_UI, static_url_path="/docs")
+bp = Blueprint("operations", __name__)
 metrics_bp = Blueprint("metrics", __name__)
 
 
@@ -89,17 +90,11 @@ def openapi() -> APIResponse:
 @bp.get("/docs", strict_slashes=True)
 def docs() -> APIResponse:
     """The API as a page on which it can be tried: Swagger UI out of its package, which asks no other server."""
-    page = (HERE / "swagger/index.html").read_text()
+    page = (PAGE / "index.html").read_text()
     return APIResponse(page, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
 
 
-@bp.get("/docs/start.js")
-def start() -> APIResponse:
-    """The page's own script, since its policy permits none inside it."""
-    return APIResponse((HERE / "swagger/start.js").read_text(), mimetype="text/javascript")
-
-
-@bp.get("/docs/page.css")
-def style() -> APIResponse:
-    """What the page shows otherwise than Swagger UI does."""
-    return APIResponse((HERE / "swagger/page.css").read_text(), mimetype="text/css")
+@bp.get("/docs/<path:name>")
+def page_file(name: str) -> Response:
+    """The page's own script, since its policy permits none inside it, and style; all else is Swagger UI's."""
+    return send_from_directory(PAGE if name in ("start.js", "page.css") else SWAGGER_UI, name)

@@ -45,7 +45,7 @@ REQUESTED = {
     "RevokeAll": RevokeAllSchema(),
 }
 # The files of the page at /docs are no part of the API.
-FILES = {"operations.static", "operations.start", "operations.style"}
+FILES = {"operations.page_file"}
 
 
 def follow(part: Any) -> Any:
