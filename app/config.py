@@ -46,7 +46,7 @@ UTF8 = Regexp(r"[^\ud800-\udfff]*\Z", error="is not UTF-8")
 # A shell takes quotes away; docker's --env-file does not, and they would become a part of a secret.
 UNQUOTED = Regexp(r"""(?s:(?!(["']).*\1\Z))""", error="must not stand in quotes")
 HTTP_URL = Regexp(rf"https?://{_USER}{_HOST}([/?]\S*)?\Z", error="must be an https:// address")
-LOOPBACK_URL = re.compile(rf"http://{_USER}(localhost|127\.0\.0\.1|\[::1\])(:\d+)?([/?]|\Z)")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ORIGIN = Regexp(  # RFC 6454 §6.2
     r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?\Z",
     error="must be origins such as https://app.example.com, separated by spaces",
@@ -234,7 +234,8 @@ class Config:
         verified = self.redis_url.startswith("rediss") and self.redis_tls_verify
         if self.redis_ca_certs and self.redis_url and not verified:
             yield "REDIS_CA_CERTS: is of use with rediss:// only, and not with REDIS_TLS_VERIFY=off"
-        if (url := self.jwt_jwks_url or "").startswith("http:") and not (self.jwt_jwks_http or LOOPBACK_URL.match(url)):
+        key_set = urlsplit(self.jwt_jwks_url or "")
+        if key_set.scheme == "http" and not (self.jwt_jwks_http or key_set.hostname in LOOPBACK):
             yield "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
         # Any other API of the issuer may have a scope of that name.
         if self.jwt_admin_scope and not ("JWT_SECRET" in given or {"JWT_ISSUER", "JWT_AUDIENCE"} <= given):

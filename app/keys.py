@@ -16,7 +16,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 
 import jwt
 
-from app.config import LOOPBACK_URL, VERSION, Config, algorithms_of
+from app.config import VERSION, Config, algorithms_of
 from app.deadline import deadline, giving_way
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ Keys = FixedKeys | JwksKeys
 def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
     """The keys that a configuration names; starts the background refresh of a key set, which reports to `report`."""
     if url := config.jwt_jwks_url:
-        if url.startswith("http:") and not LOOPBACK_URL.match(url):
+        if config.jwt_jwks_http and url.startswith("http:"):
             log.warning("key_set_not_encrypted")
         return JwksKeys(JwksSource(url, config.jwt_jwks_ca_certs), report)
     keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
