@@ -39,9 +39,10 @@ def commands_only(error: ConfigError) -> Flask:
     return app
 
 
-def _problems(prefix: str = "") -> list[str]:
-    """What is wrong with the variables that begin so."""
-    return [each for each in current_app.extensions.get("problems", []) if each.startswith(prefix)]
+def _stop_at_problems(prefix: str = "") -> None:
+    """End the command where variables that begin so are refused."""
+    if problems := [each for each in current_app.extensions.get("problems", []) if each.startswith(prefix)]:
+        raise click.ClickException("; ".join(problems))
 
 
 @bp.cli.command()
@@ -50,8 +51,7 @@ def _problems(prefix: str = "") -> list[str]:
 def token(subject: str, seconds: int) -> None:
     """Print a token for SUBJECT, for development: only with JWT_SECRET."""
     config: Config = current_app.extensions["config"]
-    if problems := _problems("JWT_"):
-        raise click.ClickException("; ".join(problems))
+    _stop_at_problems("JWT_")
     if not config.jwt_secret:
         raise click.ClickException("only the issuer can sign tokens; JWT_SECRET is not set")
     if not SUBJECT.fullmatch(subject):
@@ -78,8 +78,7 @@ class OneLineErrors(AppGroup):
 @with_appcontext
 def sessions() -> None:
     """See and end the sessions of a subject."""
-    if problems := _problems():
-        raise click.ClickException("; ".join(problems))
+    _stop_at_problems()
 
 
 @sessions.command("list")
@@ -147,7 +146,7 @@ def pseudonym(value: str) -> None:
 def doctor_() -> None:
     """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
     failed = False
-    refused = [doctor.Finding("failure", problem) for problem in _problems()]
+    refused = [doctor.Finding("failure", problem) for problem in current_app.extensions.get("problems", [])]
     for finding in refused or doctor.examine(current_app):
         click.echo(f"{finding.level:8} {finding.text}")
         failed |= finding.level == "failure"
