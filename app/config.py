@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 from cryptography.x509 import load_der_x509_certificate, load_pem_x509_certificates
 from marshmallow import EXCLUDE, Schema, ValidationError
-from marshmallow.fields import Boolean, Field, Float, Function, Integer, String
+from marshmallow.fields import Boolean, Field, Float, Function, Integer
 from marshmallow.validate import Length, OneOf, Range, Regexp
 
 VERSION = "1.0.0"  # as in setup.cfg, which is not there where only the app was copied
@@ -159,9 +159,12 @@ def algorithms_of(key: object) -> tuple[str, ...]:
 
 
 def setting(parse: Field[Any] | Callable[[str], Any], default: Any = None, *, secret: bool = False) -> Any:
-    """A field of `Config` and how it is loaded; a `secret` one is never repeated in a message."""
+    """A field of `Config` and how it is loaded: by marshmallow, or by a function that raises its ValidationError.
+
+    A `secret` one is never repeated in a message.
+    """
     loaded = parse if isinstance(parse, Field) else Function(deserialize=parse)
-    loaded.pre_load = [UTF8, UNQUOTED, *loaded.pre_load]
+    loaded.pre_load = [UTF8, UNQUOTED]
     return dataclasses.field(default=default, metadata={"loaded": loaded, "secret": secret})
 
 
@@ -182,23 +185,22 @@ class Config:
     jwt_jwks_http: bool = setting(on_off(), False)
     jwt_jwks_ca_certs: str | None = setting(parse_ca_certs, secret=True)
     jwt_algorithms: tuple[str, ...] = setting(parse_words, ())
-    jwt_issuer: str | None = setting(String())
+    jwt_issuer: str | None = setting(str)
     jwt_audience: tuple[str, ...] = setting(lambda text: tuple(text.split()), ())
-    jwt_admin_scope: str | None = setting(String(validate=SCOPE))
+    jwt_admin_scope: str | None = setting(SCOPE)
     jwt_leeway_seconds: int = setting(Integer(validate=Range(0, 300)), 30)
-    jwt_subject_claim: str = setting(String(), "sub")
+    jwt_subject_claim: str = setting(str, "sub")
     session_idle_seconds: int = setting(Integer(validate=Range(1, LONGEST_SECONDS)), 1800)
     session_idle_max_seconds: int = setting(Integer(validate=Range(1, LONGEST_SECONDS)), 86400)
     session_absolute_seconds: int = setting(Integer(validate=Range(1, LONGEST_SECONDS)), 2592000)
     session_limit: int = setting(Integer(validate=Range(1, 1000)), 100)
-    session_limit_policy: str = setting(String(validate=OneOf(["refuse", "replace"])), "refuse")
+    session_limit_policy: str = setting(OneOf(["refuse", "replace"]), "refuse")
     trusted_proxies: int = setting(Integer(validate=Range(0, 16)), 0)
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(METRICS_TOKEN, secret=True)
-    log_key: str | None = setting(String(validate=Length(16)), secret=True)
-    port: int = setting(
-        Integer(validate=Range(1, 65535)), 8000
-    )  # gunicorn's own; here so that a bad one is listed with the rest
+    log_key: str | None = setting(Length(16), secret=True)
+    # These two are gunicorn's own; here so that a bad one is listed with the rest.
+    port: int = setting(Integer(validate=Range(1, 65535)), 8000)
     web_concurrency: int = setting(Integer(validate=Range(1, 1024)), os.cpu_count() or 1)
 
     @classmethod

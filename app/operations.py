@@ -53,7 +53,6 @@ class AllMetrics(Collector):
     """What has been counted, by all workers or, where they have no folder to share, by this one; and what is so now."""
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, after at most the 1.5 seconds that `probe` takes."""
         build = {"version": VERSION, "python": platform.python_version()}
         yield InfoMetricFamily("session_heartbeat_build", "What is running.", build)
         # Before the counters are read: scrapes that arrive while the probe waits share the result.
@@ -68,7 +67,7 @@ class AllMetrics(Collector):
 
 @metrics_bp.get("/metrics")
 def metrics() -> Response:
-    """Metrics for Prometheus."""
+    """Metrics for Prometheus, within the 1.5 seconds of `probe`."""
     expected, given = current_app.extensions["config"].metrics_token, request.authorization
     # This token is none of an issuer's, and so not counted with those where it is refused.
     bearer = given.token or "" if given and given.type == "bearer" else None
@@ -76,7 +75,7 @@ def metrics() -> Response:
         sentence = TOKEN_MISSING if bearer is None else TOKEN_INVALID
         return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
     text = current_app.extensions["scrapes"](lambda: generate_latest(AllMetrics()))
-    return Response(text, content_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
+    return APIResponse(text, content_type=CONTENT_TYPE_LATEST)
 
 
 @bp.get("/openapi.json")
