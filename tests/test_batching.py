@@ -128,10 +128,10 @@ class Wire:
         self._commit = GroupCommit(self._send)
 
     def call(self, *commands: int) -> list[Caller]:
-        """Submit commands, each by a caller of its own; all of them are sent or waiting in the end."""
+        """Submit commands, each by a caller of its own; all are sent or waiting in the end, and the first batch is sent."""
         before = self._seen()
         callers = [Caller(self._commit.submit, command) for command in commands]
-        until(lambda: self._seen() == before + len(commands))
+        until(lambda: self.batches and self._seen() == before + len(commands))
         return callers
 
     def let_through(self, batches: int = 1) -> None:
@@ -143,8 +143,7 @@ class Wire:
         return self.batches[-1]
 
     def _seen(self) -> int:
-        waiting = self._commit._collecting
-        return sum(map(len, self.batches)) + (len(waiting.commands) if waiting else 0)
+        return sum(map(len, self.batches)) + len(self._commit._collecting.commands)
 
     def _send(self, commands: Sequence[int]) -> list[int | Exception]:
         self.batches.append([*commands])
@@ -557,7 +556,9 @@ def test_abandoned() -> None:
     with own_store() as (server, store):
         id = opened(store)
         server.process.send_signal(signal.SIGSTOP)
-        first, leader, follower = (Caller(lambda _: store.heartbeat("alice", id)) for _ in range(3))
+        first = Caller(lambda _: store.heartbeat("alice", id))
+        gevent.sleep(0.01)  # it is sent
+        leader, follower = (Caller(lambda _: store.heartbeat("alice", id)) for _ in range(2))
         leader.kill()
         assert isinstance(follower.outcome(), StoreUnavailable)
         server.process.send_signal(signal.SIGCONT)

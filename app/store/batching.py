@@ -17,10 +17,9 @@ class Abandoned(Exception):
 class _Batch:
     """Commands that travel together, and their replies once `done` is set."""
 
-    __slots__ = ("previous", "commands", "replies", "done")
+    __slots__ = ("commands", "replies", "done")
 
-    def __init__(self, previous: "threading.Event | None") -> None:
-        self.previous = previous
+    def __init__(self) -> None:
         self.commands: list[Any] = []
         self.replies: Sequence[Any] | None = None
         self.done = threading.Event()
@@ -41,8 +40,8 @@ class GroupCommit:
         """
         self._send = send
         self._mutex = threading.Lock()
-        self._collecting: _Batch | None = None
-        self._in_flight: threading.Event | None = None
+        self._sending = threading.Lock()
+        self._collecting = _Batch()
 
     def submit(self, command: Any) -> Any:
         """Send a command with whatever else is waiting; gives its own reply or raises its own error.
@@ -50,13 +49,10 @@ class GroupCommit:
         Raises Abandoned where the leader of its batch was stopped from outside.
         """
         with self._mutex:
-            batch, leads = self._collecting, False
-            if batch is None:
-                batch, leads = _Batch(self._in_flight), True
-                self._collecting, self._in_flight = batch, batch.done
+            batch = self._collecting
             place = len(batch.commands)
             batch.commands.append(command)
-        if leads:
+        if place == 0:
             self._lead(batch)
         else:
             batch.done.wait()
@@ -67,20 +63,22 @@ class GroupCommit:
 
     def _lead(self, batch: _Batch) -> None:
         try:
-            if batch.previous is not None:
-                batch.previous.wait()
+            with self._sending:
                 give_way()  # lets callers whose requests are there already join this batch
-            with self._mutex:
-                self._collecting = None  # the next caller opens the next batch
-            batch.replies = self._send(batch.commands)
+                self._close(batch)
+                batch.replies = self._send(batch.commands)
         except Exception as error:
             batch.replies = [error] * len(batch.commands)
         finally:
             # Also where the leader is killed, so that no caller of its batch waits for ever.
-            with self._mutex:
-                if self._collecting is batch:
-                    self._collecting, self._in_flight = None, batch.previous
+            self._close(batch)
             batch.done.set()
+
+    def _close(self, batch: _Batch) -> None:
+        """Have the next caller open the next batch."""
+        with self._mutex:
+            if self._collecting is batch:
+                self._collecting = _Batch()
 
 
 class SharedCall(Generic[T]):
