@@ -20,7 +20,7 @@ from app.keys import load_keys
 from app.metrics import Metrics
 from app.responses import APIResponse, ContractJSON
 from app.store import SessionStore
-from app.store.batching import SharedCall
+from app.store.batching import GroupCommit, run_once
 from app.store.connect import Servers, connect
 
 EXPOSED_HEADERS = [
@@ -83,7 +83,7 @@ def create_app(config: Config, servers: Servers | None = None) -> Flask:
     counted.count_requests(app)
     keys = load_keys(config, counted.key_set_fetched)
     app.extensions["line_limiter"] = events.LineLimiter(events.log)
-    app.extensions["scrapes"] = SharedCall()
+    app.extensions["scrapes"] = GroupCommit(run_once)
     app.extensions["servers"] = servers
     app.extensions["session_store"] = SessionStore(config, servers, counted.round_trip)
     app.extensions["keys"] = keys

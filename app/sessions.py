@@ -51,8 +51,7 @@ def end_sessions(
     """
     try:
         if id is None:
-            end = store().sign_out if refuse_earlier_tokens else store().revoke_all
-            number = end(subject, except_id=except_id)
+            number = store().revoke_all(subject, except_id=except_id, refuse_earlier_tokens=refuse_earlier_tokens)
         else:
             store().revoke(subject, well_formed(id))
             number = 1

@@ -128,7 +128,7 @@ class Wire:
         self._commit = GroupCommit(self._send)
 
     def call(self, *commands: int) -> list[Caller]:
-        """Submit commands, each by a caller of its own; all are sent or waiting in the end, and the first batch is sent."""
+        """Submit commands, each by a caller of its own; all of them are sent or, but for the first, waiting."""
         before = self._seen()
         callers = [Caller(self._commit.submit, command) for command in commands]
         until(lambda: self.batches and self._seen() == before + len(commands))

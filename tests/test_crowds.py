@@ -11,7 +11,7 @@ from flask import Flask
 
 from app import create_app, metric_files
 from app.config import Config
-from app.store.batching import Abandoned, SharedCall
+from app.store.batching import GroupCommit, run_once
 from tests.conftest import SECRET, Caller
 from tests.servers import RedisServer, SlowWay
 
@@ -89,9 +89,9 @@ def test_scrapes_for_many(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < len(collected) < CROWD / 4
 
 
-def test_shared_call_that_is_stopped() -> None:
-    """Where the caller that runs a shared call is stopped from outside, those that wait for it do not wait for ever."""
-    shared: SharedCall[int] = SharedCall()
+def test_shared_act_that_is_stopped() -> None:
+    """Where the caller that runs a shared act is stopped from outside, those that wait for theirs go on."""
+    shared = GroupCommit(run_once)
     begun, stop = threading.Event(), threading.Event()
 
     def stopped() -> int:
@@ -100,11 +100,10 @@ def test_shared_call_that_is_stopped() -> None:
         raise SystemExit
 
     with ThreadPoolExecutor(2) as pool:
-        leader = pool.submit(shared, stopped)
+        leader = pool.submit(shared.submit, stopped)
         begun.wait(10)
-        follower = pool.submit(shared, lambda: 1)
+        follower = pool.submit(shared.submit, lambda: 1)
         time.sleep(0.1)
         stop.set()
-        assert isinstance(follower.exception(10), Abandoned)
+        assert follower.result(10) == 1
         assert isinstance(leader.exception(10), SystemExit)
-    assert shared(lambda: 2) == 2

@@ -1,7 +1,6 @@
 """The session store: Redis keys whose TTL is the session's life. Knows nothing of HTTP."""
 
 import logging
-import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,8 @@ from cachetools import LRUCache
 from app.config import Config
 from app.deadline import giving_way
 from app.store.connect import Servers
-from app.store.runner import Call, Observe, Runner, Script, StoreUnavailable, Unreadable
+from app.store.outages import StoreUnavailable, Unreadable, described
+from app.store.runner import HEARTBEAT, Observe, Runner, Script
 
 __all__ = [
     "Renewal",
@@ -79,15 +79,8 @@ class Renewal(NamedTuple):
         return (self.expires_at_ms - self.renewed_at_ms) // 1000
 
 
-def _renewals(reply: Sequence[Any]) -> list[Any]:
-    now, *expiries = reply
-    return [Renewal(expiry, now) if isinstance(expiry, int) else expiry for expiry in expiries]
-
-
-OPEN, INDEX = Script("open"), Script("index")
-GET, HEARTBEAT = Script("get", per_key=list), Script("heartbeat", per_key=_renewals)
-REVOKE, SIGN_OUT = Script("revoke", repeatable=False), Script("sign_out", repeatable=False)
-PROBE = Script("probe")
+OPEN, INDEX, GET = Script("open"), Script("index"), Script("get")
+REVOKE, REVOKE_ALL = Script("revoke", repeatable=False), Script("revoke_all", repeatable=False)
 PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one
 
 
@@ -131,7 +124,7 @@ class SessionStore:
         except StoreUnavailable:
             # It may have been opened all the same: with an id that was never told it would count against the limit.
             with suppress(StoreUnavailable):
-                self._runner.calls(REVOKE, [_revocation(subject, id)])
+                self._call(REVOKE, subject, [prefix + id], [id])
             raise
         if isinstance(reply, int):
             raise TooManySessions(reply / 1000)
@@ -148,12 +141,14 @@ class SessionStore:
 
     def list(self, subject: str) -> Sequence[Session]:
         """The subject's live sessions, the most recently active first, without those that cannot be read."""
-        ids, prefix = self._indexed(subject), session_key(subject, "")
+        indexed, prefix = self._call(INDEX, subject), session_key(subject, "")
+        ids = [id for id in indexed if id.isascii()]  # others are none of ours, and may be no UTF-8
         replies = self._runner.each_key(GET, [prefix + id for id in ids])
-        # Tidies the index. What is dead stays dead, so this is in no one's way; if it fails the next list does it.
         dead = [id for id, reply in zip(ids, replies) if reply is None]
-        with suppress(StoreUnavailable):
-            self._runner.calls(REVOKE, [_revocation(subject, id) for id in dead])
+        if dead:
+            # Tidies the index. What is dead stays dead, so this is in no one's way; if it fails the next list does it.
+            with suppress(StoreUnavailable):
+                self._call(REVOKE, subject, [prefix + id for id in dead], dead)
         live = []
         for id, reply in giving_way(zip(ids, replies)):
             if reply is not None:
@@ -167,13 +162,13 @@ class SessionStore:
         Raises SessionNotFound and Unreadable.
         """
         try:
-            renewal: Renewal | None = self._runner.join(HEARTBEAT, subject, session_key(subject, id))
+            reply = self._runner.heartbeat(session_key(subject, id))
         except Unreadable as error:
             self._log_unreadable(subject, id, error)
             raise
-        if renewal is None:
+        if reply is None:
             raise SessionNotFound
-        return renewal
+        return Renewal(*reply)
 
     def heartbeat_many(self, subject: str, ids: Sequence[str]) -> Sequence[Renewal | None]:
         """Extend many sessions in one round trip; None stands for each that is not there.
@@ -181,38 +176,32 @@ class SessionStore:
         Raises Unreadable where that is true of any; the others are extended all the same.
         """
         prefix = session_key(subject, "")
-        renewals = self._runner.each_key(HEARTBEAT, [prefix + id for id in ids])
-        unreadable = [(id, each) for id, each in zip(ids, renewals) if isinstance(each, Unreadable)]
+        replies = self._runner.each_key(HEARTBEAT, [prefix + id for id in ids])
+        unreadable = [(id, reply) for id, reply in zip(ids, replies) if isinstance(reply, Unreadable)]
         for id, error in unreadable:
             self._log_unreadable(subject, id, error)
         if unreadable:
             raise unreadable[0][1]
-        return renewals
+        return [reply and Renewal(*reply) for reply in replies]
 
     def revoke(self, subject: str, id: str) -> None:
         """End a session. Raises SessionNotFound."""
-        if self._runner.calls(REVOKE, [_revocation(subject, id)], durable=True) == [0]:
+        if self._call(REVOKE, subject, [session_key(subject, id)], [id], durable=True) == 0:
             raise SessionNotFound
 
-    def revoke_all(self, subject: str, *, except_id: str | None = None) -> int:
-        """End the subject's sessions, but for one where `except_id` is given; returns how many were alive."""
-        ids = [id for id in self._indexed(subject) if id != except_id]
-        return sum(self._runner.calls(REVOKE, [_revocation(subject, id) for id in ids], durable=True))
+    def revoke_all(self, subject: str, *, except_id: str | None = None, refuse_earlier_tokens: bool = False) -> int:
+        """End the subject's sessions, but for one where `except_id` is given; returns how many were alive.
 
-    def sign_out(self, subject: str, *, except_id: str | None = None) -> int:
-        """As `revoke_all`, and in the same step: from now on tokens that were issued earlier open no session."""
-        kept_ms = max(SIGNED_OUT_SECONDS, self._config.session_absolute_seconds) * 1000
+        With `refuse_earlier_tokens` tokens that were issued before now open no session any more.
+        """
+        kept_ms = max(SIGNED_OUT_SECONDS, self._config.session_absolute_seconds) * 1000 if refuse_earlier_tokens else 0
         args: list[str | int] = [session_key(subject, ""), except_id or "", kept_ms]
-        number: int = self._call(SIGN_OUT, subject, [signed_out_key(subject)], args, durable=True)
+        number: int = self._call(REVOKE_ALL, subject, [signed_out_key(subject)], args, durable=True)
         return number
 
     def probe(self) -> None:
-        """Find out whether Redis takes writes, in 1.5 seconds at most, with the rights that sessions need."""
-        self._runner.probe(PROBE, PROBED)
-
-    def _indexed(self, subject: str) -> Sequence[str]:
-        ids: Sequence[str] = self._call(INDEX, subject)
-        return [id for id in ids if id.isascii()]  # others are none of ours, and may be no UTF-8
+        """Find out whether Redis takes writes, with the rights that sessions need."""
+        self._runner.probe(PROBED)
 
     def _call(
         self,
@@ -224,20 +213,20 @@ class SessionStore:
         durable: bool = False,
     ) -> Any:
         """Run a script whose first key is the subject's index. Logs and raises Unreadable where that is no index."""
-        [reply] = self._runner.calls(script, [Call([index_key(subject), *keys], args)], durable=durable)
-        if isinstance(reply, Unreadable):
-            self._log_unreadable(subject, None, reply)
-            raise reply
-        return reply
+        try:
+            return self._runner.call(script, [index_key(subject), *keys], args, durable=durable)
+        except Unreadable as error:
+            self._log_unreadable(subject, None, error)
+            raise
 
     def _session(self, subject: str, id: str, reply: Any) -> Session:
-        try:
-            if isinstance(reply, Unreadable):
-                raise reply
-            return _parsed(id, *reply)
-        except (Unreadable, ValueError) as error:
-            self._log_unreadable(subject, id, error)
-            raise Unreadable(str(error)) from error
+        if not isinstance(reply, Unreadable):
+            try:
+                return _parsed(id, *reply)
+            except (KeyError, ValueError) as error:
+                reply = Unreadable(described(error))
+        self._log_unreadable(subject, id, reply)
+        raise reply
 
     def _log_unreadable(self, subject: str, id: str | None, error: Exception) -> None:
         """Log once that a session's record, or the subject's index where `id` is None, cannot be read."""
@@ -267,30 +256,22 @@ def signed_out_key(subject: str) -> str:
     return f"sessions-signed-out:{{{owner(subject)}}}"
 
 
-def _revocation(subject: str, id: str) -> Call:
-    return Call([session_key(subject, id), index_key(subject)], [id])
-
-
 def _parsed(id: str, flat: Sequence[str], expires_at_ms: int, replaced_id: str | None = None) -> Session:
-    """Raises ValueError where a field is missing or odd."""
+    """Raises KeyError where a field is missing, ValueError where one is odd."""
     fields = dict(zip(flat[::2], flat[1::2]))
     "".join((id, *flat)).encode()  # fails where there are lone surrogates, which stand for what is no UTF-8
-    if "login" not in fields:
-        raise ValueError("no login method")
-    return Session(
+    session = Session(
         id=id,
-        started_at_ms=_instant("started", fields.get("started")),
-        last_activity_ms=_instant("active", fields.get("active")),
-        expires_at_ms=_instant("expiry", str(expires_at_ms)),
+        started_at_ms=int(fields["started"]),
+        last_activity_ms=int(fields["active"]),
+        expires_at_ms=expires_at_ms,
         login_method=fields["login"],
         device_name=fields.get("device"),
         ip_address=fields.get("ip"),
         location=fields.get("location"),
         replaced_id=replaced_id,
     )
-
-
-def _instant(name: str, text: str | None) -> int:
-    if text is None or not re.fullmatch("[0-9]{1,15}", text) or int(text) > LATEST_MS:
-        raise ValueError(f"{name} is no instant")
-    return int(text)
+    for instant in (session.started_at_ms, session.last_activity_ms, session.expires_at_ms):
+        if not 0 <= instant <= LATEST_MS:
+            raise ValueError(f"{instant} is no instant")
+    return session

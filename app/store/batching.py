@@ -2,15 +2,13 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from app.deadline import give_way
+from app.store.outages import StoreUnavailable
 
-T = TypeVar("T")
 
-
-class Abandoned(Exception):
+class Abandoned(StoreUnavailable):
     """The leader of this batch was stopped; whether the command took effect is not known."""
 
 
@@ -81,28 +79,6 @@ class GroupCommit:
                 self._collecting = _Batch()
 
 
-class SharedCall(Generic[T]):
-    """A call that runs once at a time: callers that make it while it runs share its result."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._running: Future[T] | None = None
-
-    def __call__(self, act: Callable[[], T]) -> T:
-        """Raises what `act` raises, and Abandoned where the caller that ran it was stopped from outside."""
-        with self._mutex:
-            running, leads = self._running, False
-            if running is None:
-                running, leads = Future(), True
-                self._running = running
-        if leads:
-            try:
-                running.set_result(act())
-            except Exception as error:
-                running.set_exception(error)
-            finally:
-                with self._mutex:
-                    self._running = None
-                if not running.done():
-                    running.set_exception(Abandoned())
-        return running.result()
+def run_once(acts: Sequence[Callable[[], Any]]) -> Sequence[Any]:
+    """For a GroupCommit of an act that is always the same: one result for all who ask at the same time."""
+    return [acts[0]()] * len(acts)

@@ -1,4 +1,4 @@
-"""Trouble with servers: logged once when it begins and once when it is over."""
+"""Trouble with servers: what it is to callers, and its log, once when it begins and once when it is over."""
 
 import logging
 
@@ -8,6 +8,14 @@ from app.store.connect import Servers
 from app.store.server import address_of
 
 log = logging.getLogger(__name__)
+
+
+class StoreUnavailable(Exception):
+    """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
+
+
+class Unreadable(StoreUnavailable):
+    """A session's record, or a subject's index, is not what this service has written. It can still be revoked."""
 
 
 class Outages:

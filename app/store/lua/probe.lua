@@ -1,7 +1,11 @@
 -- Find out whether Redis takes writes. A full one does: heartbeats go on there.
 --
--- KEYS[1]  a key that is never there
+-- KEYS     one key that is never there, any number of times
 -- ARGV     none
--- Returns  0
+-- Returns  0 for each
 
-return redis.call("HDEL", KEYS[1], "")
+local replies = {}
+for place, key in ipairs(KEYS) do
+  replies[place] = redis.call("HDEL", key, "")
+end
+return replies

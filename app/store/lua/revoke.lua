@@ -1,15 +1,17 @@
--- End one session.
+-- End sessions.
 --
--- KEYS[1]  session:{owner}:<id>
--- KEYS[2]  sessions:{owner}
--- ARGV[1]  id
--- Returns  1 where the session was alive, 0 where there was none
+-- KEYS[1]  sessions:{owner}
+-- KEYS[2…] session:{owner}:<id>, any number
+-- ARGV     their ids, in the same order
+-- Returns  the number of sessions that were alive
 
-local session, index = KEYS[1], KEYS[2]
-local id = ARGV[1]
-local ended = redis.call("DEL", session)
--- The index is only a hint: what is wrong with it must not keep a session alive.
-redis.pcall("ZREM", index, id)
+local index = KEYS[1]
+local ended = 0
+for place, id in ipairs(ARGV) do
+  ended = ended + redis.call("DEL", KEYS[place + 1])
+  -- The index is only a hint: what is wrong with it must not keep a session alive.
+  redis.pcall("ZREM", index, id)
+end
 local latest = redis.pcall("ZRANGE", index, -1, -1, "WITHSCORES")
 if latest[2] then
   redis.pcall("PEXPIREAT", index, latest[2])

@@ -1,10 +1,10 @@
--- End a subject's sessions, and refuse new ones to tokens issued before: open.lua looks at the instant.
+-- End a subject's sessions, and if so asked refuse new ones to tokens issued before: open.lua looks at the instant.
 --
 -- KEYS[1]  sessions:{owner}
 -- KEYS[2]  sessions-signed-out:{owner}
 -- ARGV[1]  prefix of the subject's session keys, session:{owner}:
 -- ARGV[2]  id of a session to spare, or nothing
--- ARGV[3]  how long the instant is kept, ms
+-- ARGV[3]  how long the instant is kept, ms; 0 where no tokens are refused
 -- Returns  the number of sessions that were alive
 --
 -- The sessions are named here, not in KEYS, so that no open slips between: they share the slot through {owner}.
@@ -15,11 +15,13 @@ local prefix, spared, kept = ARGV[1], ARGV[2], tonumber(ARGV[3])
 -- No-op write: a full Redis refuses scripts that begin with a write which takes memory.
 redis.call("ZREM", index, "")
 
-local time = redis.call("TIME")
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- A clock that was set back lets no one in again.
-local instant = math.max(now, tonumber(redis.call("GET", signed_out) or 0))
-redis.call("SET", signed_out, instant, "PXAT", math.max(instant + kept, redis.call("PEXPIRETIME", signed_out)))
+if kept > 0 then
+  local time = redis.call("TIME")
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  -- A clock that was set back lets no one in again.
+  local instant = math.max(now, tonumber(redis.call("GET", signed_out) or 0))
+  redis.call("SET", signed_out, instant, "PXAT", math.max(instant + kept, redis.call("PEXPIRETIME", signed_out)))
+end
 
 local ended = 0
 for _, member in ipairs(redis.call("ZRANGE", index, 0, -1)) do
