@@ -13,19 +13,10 @@ from cachetools import LRUCache
 from app.config import Config
 from app.deadline import giving_way
 from app.store.connect import Servers
-from app.store.outages import StoreUnavailable, Unreadable, described
+from app.store.outages import StoreUnavailable as StoreUnavailable
+from app.store.outages import Unreadable as Unreadable
+from app.store.outages import described
 from app.store.runner import HEARTBEAT, Observe, Runner, Script
-
-__all__ = [
-    "Renewal",
-    "Session",
-    "SessionNotFound",
-    "SessionStore",
-    "SignedOut",
-    "StoreUnavailable",
-    "TooManySessions",
-    "Unreadable",
-]
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +155,7 @@ class SessionStore:
         try:
             reply = self._runner.heartbeat(session_key(subject, id))
         except Unreadable as error:
-            self._log_unreadable(subject, id, error)
+            self._log_once(error, subject, id)
             raise
         if reply is None:
             raise SessionNotFound
@@ -177,11 +168,10 @@ class SessionStore:
         """
         prefix = session_key(subject, "")
         replies = self._runner.each_key(HEARTBEAT, [prefix + id for id in ids])
-        unreadable = [(id, reply) for id, reply in zip(ids, replies) if isinstance(reply, Unreadable)]
-        for id, error in unreadable:
-            self._log_unreadable(subject, id, error)
-        if unreadable:
-            raise unreadable[0][1]
+        for id, reply in zip(ids, replies):
+            if isinstance(reply, Unreadable):
+                self._log_once(reply, subject, id)
+                raise reply
         return [reply and Renewal(*reply) for reply in replies]
 
     def revoke(self, subject: str, id: str) -> None:
@@ -216,7 +206,7 @@ class SessionStore:
         try:
             return self._runner.call(script, [index_key(subject), *keys], args, durable=durable)
         except Unreadable as error:
-            self._log_unreadable(subject, None, error)
+            self._log_once(error, subject)
             raise
 
     def _session(self, subject: str, id: str, reply: Any) -> Session:
@@ -225,16 +215,16 @@ class SessionStore:
                 return _parsed(id, *reply)
             except (KeyError, ValueError) as error:
                 reply = Unreadable(described(error))
-        self._log_unreadable(subject, id, reply)
+        self._log_once(reply, subject, id)
         raise reply
 
-    def _log_unreadable(self, subject: str, id: str | None, error: Exception) -> None:
-        """Log once that a session's record, or the subject's index where `id` is None, cannot be read."""
-        key = index_key(subject) if id is None else session_key(subject, id)
+    def _log_once(self, error: Unreadable, subject: str, id: str | None = None) -> None:
+        """Log that a session cannot be read, or the subject's index where `id` is None, unless it has been logged."""
+        known = {"subject": subject} if id is None else {"subject": subject, "session": id}
+        hashes = {name: self._config.pseudonym(value) for name, value in known.items()}
+        key = " ".join(hashes.values())
         if key not in self._logged:
             self._logged[key] = True
-            known = {"subject": subject, "session": id}
-            hashes = {name: self._config.pseudonym(value) for name, value in known.items() if value is not None}
             what = "index_unreadable" if id is None else "session_unreadable"
             log.error(what, extra={**hashes, "reason": str(error)})
 

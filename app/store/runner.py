@@ -94,17 +94,17 @@ class Runner:
         return client, server
 
     def _send_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str]]) -> list[Any]:
-        """A reply for each key in the batch; there is one call for each subject in it."""
+        """A reply or an error for each key of one server. Those of a subject, whose slot is one, share a call."""
         client = batch[0][0]
         by_slot: defaultdict[str, list[str]] = defaultdict(list)
         for _, key in batch:
             by_slot[key.partition("}")[0]].append(key)
-        calls = [call for keys in by_slot.values() for call in _in_calls(keys)]
-        replies = dict(zip(itertools.chain(*calls), self._run_over(client, script, calls)))
-        return [replies[key] for _, key in batch]
-
-    def _run_over(self, client: redis.Redis, script: Script, calls: Sequence[Sequence[str]]) -> list[Any]:
-        return self._run(client, script, sum(map(len, calls)), lambda: self._exchange(client, script, calls))
+        calls: list[list[str]] = []
+        for keys in by_slot.values():
+            calls += [keys[first : first + KEYS_PER_CALL] for first in range(0, len(keys), KEYS_PER_CALL)]
+        replies = self._run(client, script, len(batch), lambda: self._exchange(client, script, calls))
+        by_key = dict(zip(itertools.chain(*calls), replies))
+        return [by_key[key] for _, key in batch]
 
     def _run(self, client: redis.Redis, script: Script, number: int, exchange: Callable[[], list[Any]]) -> list[Any]:
         """The replies out of an exchange over so many keys, in which conditions of the store stand for errors.
@@ -165,7 +165,7 @@ class Runner:
             return []
         client, server = self._find(script, keys[0])
         with self._connection(server):
-            replies = self._run_over(client, script, _in_calls(keys))
+            replies = self._send_batch(script, [(client, key) for key in keys])
         for reply in replies:
             if isinstance(reply, StoreUnavailable) and not isinstance(reply, Unreadable):
                 raise reply
@@ -232,10 +232,6 @@ class Runner:
             yield
         finally:
             server.free_connections.release()
-
-
-def _in_calls(keys: Sequence[str]) -> list[Sequence[str]]:
-    return [keys[first : first + KEYS_PER_CALL] for first in range(0, len(keys), KEYS_PER_CALL)]
 
 
 def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool = True) -> list[Any]:
