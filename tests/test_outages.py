@@ -48,34 +48,34 @@ def seen(log: Log) -> list[tuple[str, str, str | None]]:
 def test_once(outages: Outages, log: Log) -> None:
     """Trouble is logged when it begins and when it is over, however many callers meet it."""
     for error in (None, DOWN, DOWN, DOWN, None, None):
-        outages.log_transition("heartbeat", server(1), error)
+        outages.begun("heartbeat", server(1), error) if error else outages.over("heartbeat", server(1))
     assert seen(log) == [("unavailable", "heartbeat", "127.0.0.1:1"), ("available", "heartbeat", "127.0.0.1:1")]
 
 
 def test_each_script_and_server(outages: Outages, log: Log) -> None:
     """One script's or server's trouble is not over because another's is not in trouble."""
-    outages.log_transition("open", server(1), DOWN)
-    outages.log_transition("heartbeat", server(1), None)
-    outages.log_transition("open", server(2), None)
+    outages.begun("open", server(1), DOWN)
+    outages.over("heartbeat", server(1))
+    outages.over("open", server(2))
     assert seen(log) == [("unavailable", "open", "127.0.0.1:1")]
 
 
 def test_gone(outages: Outages, shards: Shards, log: Log) -> None:
     """The trouble with a server that another has replaced is over, for all scripts."""
     for script in ("heartbeat", "open"):
-        outages.log_transition(script, server(1), DOWN)
+        outages.begun(script, server(1), DOWN)
     shards.ports = (2, 3)
     log.take()
-    outages.log_transition("heartbeat", server(3), None)
+    outages.over("heartbeat", server(3))
     assert sorted(seen(log)) == [("available", "heartbeat", "127.0.0.1:1"), ("available", "open", "127.0.0.1:1")]
-    outages.log_transition("heartbeat", server(3), None)
+    outages.over("heartbeat", server(3))
     assert seen(log) == []
 
 
 def test_unknown_server(outages: Outages, log: Log) -> None:
     """That it is not known which server holds a key is over with the first one that answers."""
-    outages.log_transition("heartbeat", None, DOWN)
-    outages.log_transition("heartbeat", server(2), None)
+    outages.begun("heartbeat", None, DOWN)
+    outages.over("heartbeat", server(2))
     assert seen(log) == [("unavailable", "heartbeat", None), ("available", "heartbeat", None)]
 
 
@@ -83,7 +83,7 @@ def test_no_client_is_kept(outages: Outages) -> None:
     """A client that was in trouble can be forgotten."""
     client = server(1)
     known = weakref.ref(client)
-    outages.log_transition("heartbeat", client, DOWN)
+    outages.begun("heartbeat", client, DOWN)
     del client
     gc.collect()
     assert known() is None

@@ -110,8 +110,6 @@ class SessionStore:
         args: list[str | int] = [id, prefix, *limits, issued, self._config.session_limit_policy, *fields]
         try:
             reply = self._call(OPEN, subject, [prefix + id, signed_out_key(subject)], args, durable=True)
-        except Unreadable:  # nothing was written
-            raise
         except StoreUnavailable:
             # It may have been opened all the same: with an id that was never told it would count against the limit.
             with suppress(StoreUnavailable):

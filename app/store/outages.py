@@ -26,21 +26,27 @@ class Outages:
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
-        self._begun: set[tuple[str, str | None]] = set()
+        self._current: set[tuple[str, str | None]] = set()
 
-    def log_transition(self, what: str, client: redis.Redis | None, error: Exception | None) -> None:
-        """Take notice of how a call ended. `client` is None where it is not known which server it would be."""
-        if error is not None:
-            self._servers.failed(error)
-            server = address_of(client) if client else None
-            if (what, server) not in self._begun:
-                self._begun.add((what, server))
-                log.error("redis_unavailable", extra={"script": what, "server": server, "reason": described(error)})
-        elif self._begun and client:
+    def begun(self, what: str, client: redis.Redis | None, error: Exception) -> StoreUnavailable:
+        """Take notice that a call has failed; gives what this is to its caller.
+
+        `client` is None where it is not known which server it would be.
+        """
+        self._servers.failed(error)
+        server = address_of(client) if client else None
+        if (what, server) not in self._current:
+            self._current.add((what, server))
+            log.error("redis_unavailable", extra={"script": what, "server": server, "reason": described(error)})
+        return StoreUnavailable(described(error))
+
+    def over(self, what: str, client: redis.Redis) -> None:
+        """Take notice that a call has succeeded."""
+        if self._current:
             here, present = address_of(client), [address_of(each) for each in self._servers.clients()]
             # Also over is the trouble with a server that is gone: another one has taken its place.
-            over = {each for each in self._begun if each == (what, here) or each[1] not in present}
-            self._begun -= over
+            over = {each for each in self._current if each == (what, here) or each[1] not in present}
+            self._current -= over
             for script, server in over:
                 log.warning("redis_available", extra={"script": script, "server": server})
 

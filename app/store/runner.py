@@ -19,7 +19,7 @@ from app.config import Config
 from app.deadline import deadline
 from app.store.batching import GroupCommit
 from app.store.connect import POOL_SIZE, Servers
-from app.store.outages import Outages, StoreUnavailable, Unreadable, described
+from app.store.outages import Outages, StoreUnavailable, Unreadable
 from app.store.replicas import ReplicaAcks
 
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
@@ -86,8 +86,7 @@ class Runner:
         try:
             client = self._servers.client_for(key)
         except (RedisError, OSError) as error:
-            self._outages.log_transition(script.name, None, error)
-            raise StoreUnavailable(described(error)) from error
+            raise self._outages.begun(script.name, None, error) from error
         server = self._known.get(client)
         if server is None:
             server = self._known.setdefault(client, _Server(self._send_batch, self._replicas))
@@ -116,19 +115,19 @@ class Runner:
             with deadline(self._call_timeout):
                 replies = exchange()
         except (RedisError, OSError) as error:
-            self._outages.log_transition(script.name, client, error)
-            raise StoreUnavailable(described(error)) from error
+            raise self._outages.begun(script.name, client, error) from error
         finally:
             self._observe(script.name, number, time.perf_counter() - began)
-        failure = None
+        failed = False
         for place, reply in enumerate(replies):
             if isinstance(reply, Exception):
                 if str(reply).startswith(("WRONGTYPE ", "UNREADABLE ")):
                     replies[place] = Unreadable(str(reply))  # about what a key holds, not about the server
                 else:
-                    replies[place] = StoreUnavailable(described(reply))
-                    failure = failure or reply
-        self._outages.log_transition(script.name, client, failure)
+                    replies[place] = self._outages.begun(script.name, client, reply)
+                    failed = True
+        if not failed:
+            self._outages.over(script.name, client)
         return replies
 
     def _exchange(self, client: redis.Redis, script: Script, calls: Sequence[Sequence[str]]) -> list[Any]:
@@ -193,11 +192,10 @@ class Runner:
             reply, acknowledged = self._run(client, script, len(keys), exchange)
         if isinstance(reply, StoreUnavailable):
             raise reply
-        if acknowledged is not None:
-            error = None if acknowledged else ResponseError("not acknowledged by enough replicas")
-            self._outages.log_transition("replicas", client, error)
-            if error:
-                raise StoreUnavailable(described(error))
+        if acknowledged is False:
+            raise self._outages.begun("replicas", client, ResponseError("not acknowledged by enough replicas"))
+        if acknowledged:
+            self._outages.over("replicas", client)
         return reply
 
     def probe(self, keys: Sequence[str]) -> None:
