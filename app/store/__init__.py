@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from cachetools import LRUCache
@@ -16,7 +16,9 @@ from app.store.connect import Servers
 from app.store.outages import StoreUnavailable as StoreUnavailable
 from app.store.outages import Unreadable as Unreadable
 from app.store.outages import described
-from app.store.runner import HEARTBEAT, Observe, Runner, Script
+from app.store.runner import Observe, Runner
+from app.store.scripts import GET, HEARTBEAT, INDEX, OPEN, REVOKE, REVOKE_ALL, Script
+from app.store.scripts import Renewal as Renewal
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +60,6 @@ class Session:
     replaced_id: str | None = None
 
 
-class Renewal(NamedTuple):
-    """A session's new expiry and the time of its renewal, in ms since the epoch, both by Redis's clock."""
-
-    expires_at_ms: int
-    renewed_at_ms: int
-
-    @property
-    def expires_in(self) -> int:
-        """Whole seconds until the expiry, rounded down so that no heartbeat comes too late."""
-        return (self.expires_at_ms - self.renewed_at_ms) // 1000
-
-
-OPEN, INDEX, GET = Script("open"), Script("index"), Script("get")
-REVOKE, REVOKE_ALL = Script("revoke", repeatable=False), Script("revoke_all", repeatable=False)
 PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one
 
 
@@ -151,13 +139,13 @@ class SessionStore:
         Raises SessionNotFound and Unreadable.
         """
         try:
-            reply = self._runner.heartbeat(session_key(subject, id))
+            renewal: Renewal | None = self._runner.heartbeat(session_key(subject, id))
         except Unreadable as error:
             self._log_once(error, subject, id)
             raise
-        if reply is None:
+        if renewal is None:
             raise SessionNotFound
-        return Renewal(*reply)
+        return renewal
 
     def heartbeat_many(self, subject: str, ids: Sequence[str]) -> Sequence[Renewal | None]:
         """Extend many sessions in one round trip; None stands for each that is not there.
@@ -165,12 +153,12 @@ class SessionStore:
         Raises Unreadable where that is true of any; the others are extended all the same.
         """
         prefix = session_key(subject, "")
-        replies = self._runner.each_key(HEARTBEAT, [prefix + id for id in ids])
-        for id, reply in zip(ids, replies):
-            if isinstance(reply, Unreadable):
-                self._log_once(reply, subject, id)
-                raise reply
-        return [reply and Renewal(*reply) for reply in replies]
+        renewals = self._runner.each_key(HEARTBEAT, [prefix + id for id in ids])
+        for id, renewal in zip(ids, renewals):
+            if isinstance(renewal, Unreadable):
+                self._log_once(renewal, subject, id)
+                raise renewal
+        return renewals
 
     def revoke(self, subject: str, id: str) -> None:
         """End a session. Raises SessionNotFound."""

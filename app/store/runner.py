@@ -1,14 +1,12 @@
 """Runs Lua scripts, for one caller or for many: one round trip, bounded in time, whatever state Redis is in."""
 
 import functools
-import hashlib
 import itertools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,32 +19,13 @@ from app.store.batching import GroupCommit
 from app.store.connect import POOL_SIZE, Servers
 from app.store.outages import Outages, StoreUnavailable, Unreadable
 from app.store.replicas import ReplicaAcks
+from app.store.scripts import HEARTBEAT, PROBE, Command, Script
 
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
 PROBE_SECONDS = 1.5  # after which no other server is asked
 
-Command = tuple[str | int, ...]
 # Told of every round trip: the script, the number of keys, and the seconds it took.
 Observe = Callable[[str, int, float], None]
-
-
-class Script:
-    """A Lua file and the hash that Redis keeps it under."""
-
-    def __init__(self, name: str, *, repeatable: bool = True) -> None:
-        """A script is `repeatable` where running it again after a lost reply does no harm and gives the same reply."""
-        self.name, self.repeatable = name, repeatable
-        self.source = (Path(__file__).parent / "lua" / f"{name}.lua").read_text()
-        self.sha = hashlib.sha1(self.source.encode()).hexdigest()
-
-    def evalsha(self, keys: Sequence[str]) -> Command:
-        return ("EVALSHA", self.sha, len(keys), *keys)
-
-    def eval(self, keys: Sequence[str], args: Sequence[str | int] = ()) -> Command:
-        return ("EVAL", self.source, len(keys), *keys, *args)
-
-
-HEARTBEAT, PROBE = Script("heartbeat"), Script("probe")
 
 
 class _Server:
@@ -94,16 +73,18 @@ class Runner:
 
     def _send_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str]]) -> list[Any]:
         """A reply or an error for each key of one server. Those of a subject, whose slot is one, share a call."""
-        client = batch[0][0]
         by_slot: defaultdict[str, list[str]] = defaultdict(list)
         for _, key in batch:
             by_slot[key.partition("}")[0]].append(key)
-        calls: list[list[str]] = []
-        for keys in by_slot.values():
-            calls += [keys[first : first + KEYS_PER_CALL] for first in range(0, len(keys), KEYS_PER_CALL)]
-        replies = self._run(client, script, len(batch), lambda: self._exchange(client, script, calls))
-        by_key = dict(zip(itertools.chain(*calls), replies))
+        groups = list(by_slot.values())
+        by_key = dict(zip(itertools.chain(*groups), self._run_over(batch[0][0], script, groups)))
         return [by_key[key] for _, key in batch]
+
+    def _run_over(self, client: redis.Redis, script: Script, groups: Sequence[Sequence[str]]) -> list[Any]:
+        """A reply or an error for each key; those of a group are in one slot."""
+        step = KEYS_PER_CALL
+        calls = [keys[first : first + step] for keys in groups for first in range(0, len(keys), step)]
+        return self._run(client, script, sum(map(len, groups)), lambda: self._exchange(client, script, calls))
 
     def _run(self, client: redis.Redis, script: Script, number: int, exchange: Callable[[], list[Any]]) -> list[Any]:
         """The replies out of an exchange over so many keys, in which conditions of the store stand for errors.
@@ -142,10 +123,11 @@ class Runner:
         replies: list[Any] = []
         for keys, reply in zip(calls, answered):
             if isinstance(reply, AskError | TryAgainError) and len(keys) > 1:
-                reply = self._exchange(client, script, [[key] for key in keys])
-            elif isinstance(reply, AskError):
+                replies += self._exchange(client, script, [[key] for key in keys])
+                continue
+            if isinstance(reply, AskError):
                 reply = self._follow(reply, script.eval(keys))
-            replies += reply if isinstance(reply, list) else [reply] * len(keys)
+            replies += script.per_key(reply) if isinstance(reply, list) else [reply] * len(keys)
         return replies
 
     def _follow(self, redirection: AskError, command: Command) -> Any:
@@ -164,7 +146,7 @@ class Runner:
             return []
         client, server = self._find(script, keys[0])
         with self._connection(server):
-            replies = self._send_batch(script, [(client, key) for key in keys])
+            replies = self._run_over(client, script, [keys])
         for reply in replies:
             if isinstance(reply, StoreUnavailable) and not isinstance(reply, Unreadable):
                 raise reply

@@ -2,9 +2,9 @@
 --
 -- KEYS     session:{owner}:<id> of one subject, any number
 -- ARGV     none
--- Returns  for each key {its expiry, Redis's time}, both in ms since the epoch, nil where there is no live session, or an
---          error where it could not be extended: UNREADABLE where the record has no usable idle timeout or absolute end.
---          What is wrong with one key changes nothing for the others.
+-- Returns  {Redis's time, then for each key its expiry}, all in ms since the epoch. In the place of an expiry stands nil
+--          where there is no live session, or an error where it could not be extended: UNREADABLE where the record has no
+--          usable idle timeout or absolute end. What is wrong with one key changes nothing for the others.
 
 local call = redis.call
 local time = call("TIME")
@@ -35,15 +35,15 @@ local function extend(session)
     call("PEXPIREAT", session, expiry)
     held = call("PEXPIRETIME", session)
   end
-  return held >= 0 and { held, now }
+  return held >= 0 and held
 end
 
-local replies = {}
+local replies = { now }
 for place, session in ipairs(KEYS) do
   local ok, reply = pcall(extend, session)
   if not ok and type(reply) ~= "table" then -- as in stand-ins for Redis
     reply = redis.error_reply(tostring(reply))
   end
-  replies[place] = reply
+  replies[place + 1] = reply
 end
 return replies
