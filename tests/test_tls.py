@@ -221,6 +221,34 @@ def test_another_authority(urls: dict[str, str]) -> None:
         assert alice.post("/sessions").status_code == 500
 
 
+@pytest.fixture
+def system(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose own authorities are the test's."""
+    (tmp_path / "system.crt").write_text(authority.pem)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "system.crt"))
+
+
+def test_system(system: None, urls: dict[str, str]) -> None:
+    """The machine's own authorities are trusted, unless others are pinned instead."""
+    with caller(urls["loopback"]) as alice:
+        assert served(alice)
+    with caller(urls["loopback"], REDIS_CA_CERTS=Authority().pem) as alice:
+        assert not served(alice)
+
+
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+def test_system_of_several(
+    system: None, authority: Authority, tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    """The same goes for Sentinel and for a cluster."""
+    place = {"sentinel": ("loopback", "loopback"), "cluster": "loopback"}[kind]
+    with {"sentinel": sentinel, "cluster": cluster}[kind](authority, tmp_path_factory.mktemp, place) as url:
+        with caller(url) as alice:
+            assert served(alice)
+        with caller(url, REDIS_CA_CERTS=Authority().pem) as alice:
+            assert not served(alice)
+
+
 def test_another_name(authority: Authority, urls: dict[str, str]) -> None:
     """A certificate for another host is refused although its authority is trusted."""
     with caller(urls["elsewhere"], REDIS_CA_CERTS=authority.pem) as alice:

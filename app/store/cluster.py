@@ -24,13 +24,13 @@ class Cluster:
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         """`options` are those of the connections and their pools."""
-        scheme, first = url.partition("+")[0], urlsplit(url).netloc.rpartition("@")[2].partition(",")[0]
+        first = urlsplit(url).netloc.rpartition("@")[2].partition(",")[0]
         self._options = {
             **options,
             **credentials_of(url),
             "redis_connect_func": read_reply,  # redis-py has one of its own, which calls this at its end
             # Only with a URL does redis-py take a pool of another kind: one with a queue.
-            "url": f"{scheme}://{first}",
+            "url": f"redis://{first}",
             "connection_pool_class": redis.BlockingConnectionPool,
             # After a restart under new addresses the ones in the URL are the only ones that hold.
             "dynamic_startup_nodes": False,

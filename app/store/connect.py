@@ -1,6 +1,8 @@
 """From a URL to Redis: one server, Sentinel, Cluster or in-process; timeouts and retries all explicit."""
 
 import logging
+import socket
+import ssl
 from typing import Any
 
 import redis
@@ -43,8 +45,9 @@ def connect(config: Config) -> Servers:
         # What is no UTF-8 must not fail the other replies of a pipeline: it becomes lone surrogates, which valid text
         # never has.
         "encoding_errors": "surrogateescape",
-        **(_tls(config) if scheme.startswith("rediss") else {}),
     }
+    if scheme.startswith("rediss"):
+        options["connection_class"] = _tls_connection(config)
     if scheme.endswith("+cluster"):
         return Cluster(url, options)
     if scheme.endswith("+sentinel"):
@@ -52,12 +55,22 @@ def connect(config: Config) -> Servers:
     return OnePrimary(redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **options)))
 
 
-def _tls(config: Config) -> dict[str, Any]:
-    """Options: verify certificates against the system's authorities, against REDIS_CA_CERTS, or not at all."""
+def _tls_connection(config: Config) -> type[redis.Connection]:
+    """Connections that verify certificates by the system's authorities, by REDIS_CA_CERTS instead, or not at all.
+
+    Private to redis-py: `_wrap_socket_with_ssl`. By itself it would trust the system's authorities besides those that
+    it is given, and read all of them anew for each connection.
+    """
+    context = ssl.create_default_context(cadata=config.redis_ca_certs)
     if not config.redis_tls_verify:
         log.warning("redis_tls_not_verified")
-        return {"ssl_cert_reqs": "none"}
-    return {"ssl_ca_data": config.redis_ca_certs}
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    class TLSConnection(redis.SSLConnection):
+        def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+            return context.wrap_socket(sock, server_hostname=self.host)
+
+    return TLSConnection
 
 
 def _in_process() -> redis.Redis:

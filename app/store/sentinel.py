@@ -25,8 +25,6 @@ class BehindSentinel(OnePrimary):
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         """`options` are those of the connections and their pools."""
         _, self._service, *database = urlsplit(url).path.split("/")
-        connection_class = redis.SSLConnection if url.startswith("rediss") else redis.Connection
-        options = {**options, "connection_class": connection_class}
         credentials = credentials_of(url)
         self._options = {**options, **credentials, "db": int(database[0]) if database else 0}
         # One that refuses the user and the password of the URL may need none.
