@@ -13,7 +13,7 @@ from app.auth import InsufficientScope, TokenInvalid, TokenMissing
 from app.events import allowed, emit, peer_address, request_id
 from app.keys import KeysUnavailable
 from app.metrics import counted
-from app.store import SessionNotFound, SignedOut, StoreUnavailable, TooManySessions
+from app.store import ConnectionsBusy, SessionNotFound, SignedOut, StoreUnavailable, TooManySessions
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(InsufficientScope, insufficient_scope)
     app.register_error_handler(KeysUnavailable, lambda _: error(503, headers=retry_after(5)))
     app.register_error_handler(StoreUnavailable, lambda _: failed())
+    app.register_error_handler(ConnectionsBusy, connections_busy)
     app.register_error_handler(Exception, unexpected)
 
 
@@ -71,6 +72,11 @@ def retry_after(seconds: int) -> dict[str, str]:
 
 def failed() -> Response:
     return error(500, route_message("failed", "Internal server error"), retry_after(1))
+
+
+def connections_busy(e: ConnectionsBusy) -> Response:
+    emit("connections_busy", endpoint=request.endpoint)  # other trouble of the store's is logged there
+    return failed()
 
 
 def route_message(kind: str, otherwise: str) -> str:

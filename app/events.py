@@ -16,7 +16,9 @@ from pythonjsonlogger.json import JsonFormatter
 log = logging.getLogger("sessions")
 
 # A caller can cause as many of these as it sends requests, and none of them changes a session.
-LIMITED = frozenset(["limit_reached", "session_not_found", "sessions_not_found", "scope_refused", "token_refused"])
+LIMITED = frozenset(
+    "connections_busy limit_reached scope_refused session_not_found sessions_not_found token_refused".split()
+)
 
 # An address as some proxies write it: 203.0.113.7:51234 or [2001:db8::1]:443.
 WITH_PORT = re.compile(r"\A(?:\[(.+)\](?::\d+)?|([\d.]+):\d+)\Z")

@@ -1,5 +1,6 @@
 """Many callers at once while Redis takes its time: none of them is another one's outage."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,15 @@ def test_heartbeats_beside_a_crowd(app: Flask, path: str, caplog: pytest.LogCapt
         while time.monotonic() < end:
             assert alice.heartbeat(id).status_code == 200
     assert [record.getMessage() for record in caplog.records if record.name == "app.store.outages"] == []
+
+
+def test_connections_busy(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """Callers for whom no connection is left have a 500, and a line says so."""
+    caplog.set_level(logging.INFO)
+    with crowd(app, "/sessions"):
+        assert 500 in all_at_once(lambda: Caller(app, "alice").get("/sessions").status_code)
+    [line, *_] = [vars(record) for record in caplog.records if record.getMessage() == "connections_busy"]
+    assert line["endpoint"] == "sessions.list_sessions" and line["subject"]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -13,6 +13,7 @@ from cachetools import LRUCache
 from app.config import Config
 from app.deadline import giving_way
 from app.store.connect import Servers
+from app.store.outages import ConnectionsBusy as ConnectionsBusy
 from app.store.outages import StoreUnavailable as StoreUnavailable
 from app.store.outages import Unreadable as Unreadable
 from app.store.outages import described

@@ -14,6 +14,10 @@ class StoreUnavailable(Exception):
     """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
 
 
+class ConnectionsBusy(StoreUnavailable):
+    """More calls at once than there are connections for those that are not heartbeats. Redis itself may be well."""
+
+
 class Unreadable(StoreUnavailable):
     """A session's record, or a subject's index, is not what this service has written. It can still be revoked."""
 

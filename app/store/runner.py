@@ -17,7 +17,7 @@ from app.config import Config
 from app.deadline import deadline
 from app.store.batching import GroupCommit
 from app.store.connect import POOL_SIZE, Servers
-from app.store.outages import Outages, StoreUnavailable, Unreadable
+from app.store.outages import ConnectionsBusy, Outages, StoreUnavailable, Unreadable
 from app.store.replicas import ReplicaAcks
 from app.store.scripts import HEARTBEAT, PROBE, Command, Script
 
@@ -204,10 +204,10 @@ class Runner:
     def _connection(self, server: _Server) -> Iterator[None]:
         """Take one of the server's connections for calls other than single heartbeats.
 
-        Raises StoreUnavailable where none is free in time. That is no trouble of the server's, and not logged as such.
+        Raises ConnectionsBusy where none is free in time. That is no trouble of the server's, and not logged as such.
         """
         if not server.free_connections.acquire(timeout=self._connection_timeout):
-            raise StoreUnavailable("too many calls at once")
+            raise ConnectionsBusy("too many calls at once")
         try:
             yield
         finally:
