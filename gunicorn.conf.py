@@ -94,6 +94,7 @@ logconfig_dict = {
 def post_worker_init(worker):
     """Prepare a worker that has loaded the app."""
     gunicorn_edge.log_uncaught(worker)
+    gunicorn_edge.settings_at_hand(worker.cfg)
     # What is there from the start stays: not looking through it halves the time, 5 %, that collecting garbage takes.
     gc.collect()
     gc.freeze()

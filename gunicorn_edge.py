@@ -5,6 +5,7 @@
 - `Unreader`: a connection that always has something to read gives way to the others between reads.
 - `Parser`, `Response.send_headers`: the rest of a body that the app has not read is bounded in size and time.
 - `Response`: head and body of an answer in one packet, 250 instead of 320 microseconds of a worker.
+- `settings_at_hand`: settings are plain attributes, which takes a tenth off a worker's time.
 - `http_date`, `WSGIErrorsWrapper`: made once a second and once, not for each request; 10 microseconds.
 - `log_uncaught`: what gevent and threads would print is a line of JSON, and ten of a kind a second at most.
 - `Logger`: no access log, whose preparation costs a tenth of a heartbeat even where no line is written.
@@ -303,6 +304,17 @@ def log_uncaught(worker):
 
     hub.handle_error = log_error
     threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def settings_at_hand(cfg):
+    """Have a worker's settings as plain attributes.
+
+    gunicorn looks up thirty of them for each request, and finds each by an attribute that is missing, a dictionary and
+    two calls.
+    """
+    for name in cfg.settings:
+        if not hasattr(type(cfg), name):
+            object.__setattr__(cfg, name, getattr(cfg, name))
 
 
 @functools.lru_cache(1)

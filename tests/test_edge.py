@@ -359,6 +359,14 @@ def test_error_stream() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
 
 
+def test_settings_at_hand() -> None:
+    """A worker's settings have the values that they had, without a call of gunicorn's look-up."""
+    code = "import gunicorn_edge as e, gunicorn.config as c; c, Config = c.Config(), c.Config; c.set('keepalive', 7); "
+    code += "before = {each: getattr(c, each) for each in c.settings}; e.settings_at_hand(c); del Config.__getattr__; "
+    code += "assert before == {each: getattr(c, each) for each in c.settings} and c.keepalive == 7"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
+
+
 @pytest.mark.parametrize("method, path", [("HEAD", "/healthz"), ("HEAD", "/docs/swagger-ui.css")])
 def test_head_method(port: int, method: str, path: str) -> None:
     """The answer to HEAD is a head, and the connection goes on."""
