@@ -271,6 +271,38 @@ def test_cluster_refresh(cluster_url: str) -> None:
     client.connection_pool.disconnect()
 
 
+@contextmanager
+def moving(node: redis.Redis, folder: Path, slot: int) -> Iterator[redis.Redis]:
+    """A second node, to which a slot of the first one begins to move."""
+    with cluster_node(folder) as target:
+        target.execute_command("CLUSTER", "MEET", "127.0.0.1", port_of(node))
+        until(
+            lambda: node.cluster("info")["cluster_known_nodes"] == target.cluster("info")["cluster_known_nodes"] == "2"
+        )
+        names = {each: each.cluster("myid") for each in (node, target)}
+        until(lambda: all(KNOWN.items() <= each.cluster("info").items() for each in names))
+        until(lambda: all(ids_of(each) == set(names.values()) for each in names))
+        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", names[node])
+        node.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target])
+        yield target
+
+
+def move(node: redis.Redis, target: redis.Redis, key: str) -> None:
+    node.execute_command("MIGRATE", "127.0.0.1", port_of(target), key, 0, 1000)
+
+
+def keys_in(node: redis.Redis, slot: int) -> list[str]:
+    return node.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100)
+
+
+def finish(node: redis.Redis, target: redis.Redis, slot: int) -> None:
+    """Move what is left, and let the slot be the target's."""
+    for key in keys_in(node, slot):
+        move(node, target, key)
+    for each in (target, node):
+        each.execute_command("CLUSTER", "SETSLOT", slot, "NODE", target.cluster("myid"))
+
+
 def test_slot_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Path) -> None:
     """While a slot moves to a node that has none, sessions live on alone and together, and none is called gone."""
     app = create_app(config(cluster_url))
@@ -284,23 +316,47 @@ def test_slot_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Path) ->
         assert [alice.heartbeat(id).status_code for id in (*ids, dead)] == [200, 200, 200, 404]
         assert set(alice.ids()) == set(ids)
 
-    with cluster_node(tmp_path) as target:
-        target.execute_command("CLUSTER", "MEET", "127.0.0.1", port_of(node))
-        until(
-            lambda: node.cluster("info")["cluster_known_nodes"] == target.cluster("info")["cluster_known_nodes"] == "2"
-        )
-        names = {each: each.cluster("myid") for each in (node, target)}
-        until(lambda: all(KNOWN.items() <= each.cluster("info").items() for each in names))
-        until(lambda: all(ids_of(each) == set(names.values()) for each in names))
-        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", names[node])
-        node.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target])
+    with moving(node, tmp_path, slot) as target:
         check()
-        for key in node.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
-            node.execute_command("MIGRATE", "127.0.0.1", port_of(target), key, 0, 1000)
+        for key in keys_in(node, slot):
+            move(node, target, key)
             check()
-        for each in (target, node):
-            each.execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[target])
+        finish(node, target, slot)
         check()
+        disconnect(app)
+
+
+@pytest.mark.parametrize("before", [{}, {"refuseEarlierTokens": True}])
+def test_revoke_all_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Path, before: dict) -> None:
+    """While a slot moves a revoke-all ends all sessions or is a 500: none of those that are elsewhere is forgotten."""
+    app = create_app(config(cluster_url))
+    slot = key_slot(b"sessions:{alice}")
+    assert Caller(app).post("/sessions/revoke-all", json=before).status_code == 200
+    alice = Caller(app, iat=int(time.time()) + 2)
+    ids = [alice.open() for _ in range(3)]
+    with moving(node, tmp_path, slot) as target:
+        for key in keys_in(node, slot):
+            if not any(key.endswith(id) for id in ids[1:]):
+                move(node, target, key)
+        for more in ({}, {"refuseEarlierTokens": True}):
+            assert alice.post("/sessions/revoke-all", json=more).status_code == 500
+        finish(node, target, slot)
+        assert set(alice.ids()) == set(ids)
+        assert alice.post("/sessions/revoke-all").headers["Sessions-Revoked"] == "3"
+        disconnect(app)
+
+
+def test_slots_of_nobody(tmp_path: Path) -> None:
+    """Where slots of a cluster belong to nobody a service that starts then serves the others."""
+    with cluster_node(tmp_path) as node:
+        node.config_set("cluster-require-full-coverage", "no")
+        node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+        until(lambda: node.cluster("info")["cluster_state"] == "ok")
+        app = create_app(config(f"redis+cluster://127.0.0.1:{port_of(node)}"))
+        for subject in "abcdefgh":
+            served = key_slot(f"{{{subject}}}".encode()) < 8192
+            assert Caller(app, subject).post("/sessions").status_code == (201 if served else 500)
+        assert app.test_client().get("/readyz").status_code == 200
         disconnect(app)
 
 

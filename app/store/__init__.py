@@ -172,8 +172,8 @@ class SessionStore:
         With `refuse_earlier_tokens` tokens that were issued before now open no session any more.
         """
         kept_ms = max(SIGNED_OUT_SECONDS, self._config.session_absolute_seconds) * 1000 if refuse_earlier_tokens else 0
-        args: list[str | int] = [session_key(subject, ""), except_id or "", kept_ms]
-        number: int = self._call(REVOKE_ALL, subject, [signed_out_key(subject)], args, durable=True)
+        keys = [signed_out_key(subject), session_key(subject, "")]
+        number: int = self._call(REVOKE_ALL, subject, keys, [except_id or "", kept_ms], durable=True)
         return number
 
     def probe(self) -> None:

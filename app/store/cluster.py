@@ -34,6 +34,8 @@ class Cluster:
             "connection_pool_class": redis.BlockingConnectionPool,
             # After a restart under new addresses the ones in the URL are the only ones that hold.
             "dynamic_startup_nodes": False,
+            # Where some slots belong to nobody the others are served.
+            "require_full_coverage": False,
         }
         self._addresses = addresses_of(url)
         self._cluster: RedisCluster | None = None
@@ -47,7 +49,10 @@ class Cluster:
     def client_for(self, key: str) -> redis.Redis:
         """The client of the primary that holds a key. Raises redis.ConnectionError while it is not known which."""
         cluster = self._cluster_or_raise()
-        return cluster.get_redis_connection(cluster.get_node_from_key(key))
+        try:
+            return cluster.get_redis_connection(cluster.get_node_from_key(key))
+        except RedisClusterException as error:  # the slot belongs to nobody
+            raise redis.ConnectionError(str(error)) from error
 
     def clients(self) -> Sequence[redis.Redis]:
         """The clients of all primaries. Raises redis.ConnectionError while they are not known."""

@@ -2,15 +2,17 @@
 --
 -- KEYS[1]  sessions:{owner}
 -- KEYS[2]  sessions-signed-out:{owner}
--- ARGV[1]  prefix of the subject's session keys, session:{owner}:
--- ARGV[2]  id of a session to spare, or nothing
--- ARGV[3]  how long the instant is kept, ms; 0 where no tokens are refused
+-- KEYS[3]  prefix of the subject's session keys, session:{owner}:
+-- ARGV[1]  id of a session to spare, or nothing
+-- ARGV[2]  how long the instant is kept, ms; 0 where no tokens are refused
 -- Returns  the number of sessions that were alive
 --
--- The sessions are named here, not in KEYS, so that no open slips between: they share the slot through {owner}.
+-- The sessions are named here, not in KEYS, so that no open slips between: they share the slot through {owner}. The
+-- prefix is a key that is never there. A cluster that is moving the slot therefore answers TRYAGAIN, instead of running
+-- this on a node to which some of the sessions have not come yet.
 
-local index, signed_out = KEYS[1], KEYS[2]
-local prefix, spared, kept = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local index, signed_out, prefix = KEYS[1], KEYS[2], KEYS[3]
+local spared, kept = ARGV[1], tonumber(ARGV[2])
 
 -- No-op write: a full Redis refuses scripts that begin with a write which takes memory.
 redis.call("ZREM", index, "")
@@ -19,7 +21,7 @@ if kept > 0 then
   local time = redis.call("TIME")
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   -- A clock that was set back lets no one in again.
-  local instant = math.max(now, tonumber(redis.call("GET", signed_out) or 0))
+  local instant = math.max(now, tonumber(redis.call("GET", signed_out)) or 0)
   redis.call("SET", signed_out, instant, "PXAT", math.max(instant + kept, redis.call("PEXPIRETIME", signed_out)))
 end
 
