@@ -235,6 +235,16 @@ def test_index_that_cannot_be_read(app: Flask, database: redis.Redis) -> None:
     assert not database.exists(signed_out_key("alice"))
 
 
+def test_instant_that_cannot_be_read(app: Flask, database: redis.Redis, log: Log) -> None:
+    """Where the instant of a sign-out is none, opens are 500s, which is no outage, until the next sign-out."""
+    database.set(signed_out_key("alice"), "yesterday")
+    alice = Caller(app, iat=int(time.time()) + 2)
+    assert [alice.post("/sessions").status_code for _ in range(2)] == [500, 500]
+    assert log.names() == ["index_unreadable"]
+    assert sign_out(alice).status_code == 200
+    assert alice.post("/sessions").status_code == 201
+
+
 real_only = pytest.mark.parametrize("backend", ["redis"], indirect=True)
 
 

@@ -108,8 +108,11 @@ def test_no_utf8_in_the_index(alice: Caller, database: redis.Redis) -> None:
     assert alice.heartbeat(id).status_code == 404
 
 
-NO_IDLE = [with_odd("idle", text) for text in ("0", "-1", "-1800000", "0.5", "1e-9", "nan", "-inf", "soon", "")]
-NO_END = [with_odd("end", text) for text in ("0", "-1", "nan", "never", "", "-inf")]
+NO_IDLE = [
+    with_odd("idle", text)
+    for text in ("0", "-1", "-1800000", "0.5", "1e-9", "nan", "-inf", "soon", "", "1800000.5", "1e15")
+]
+NO_END = [with_odd("end", text) for text in ("0", "-1", "nan", "never", "", "-inf", "1893456000000.5", "1e15")]
 unusable = pytest.mark.parametrize("hurt", [*NO_IDLE, *NO_END, without("idle"), without("end"), of_another_type])
 
 

@@ -10,6 +10,12 @@ local call = redis.call
 local time = call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
+-- A whole number that PEXPIREAT takes, 1 at least; nothing else.
+local function whole(text)
+  local number = tonumber(text)
+  return number and number >= 1 and number < 1e15 and number % 1 == 0 and number
+end
+
 local function extend(session)
   local timeouts = call("HMGET", session, "idle", "end")
   local idle, absolute_end = timeouts[1], timeouts[2]
@@ -20,8 +26,8 @@ local function extend(session)
       return false
     end
   end
-  idle, absolute_end = tonumber(idle), tonumber(absolute_end)
-  if not (idle and idle >= 1 and absolute_end and absolute_end >= 1) then
+  idle, absolute_end = whole(idle), whole(absolute_end)
+  if not (idle and absolute_end) then
     return redis.error_reply("UNREADABLE idle timeout or absolute end")
   end
   local expiry = math.min(now + idle, absolute_end)

@@ -34,8 +34,12 @@ local absolute_end = now + absolute_timeout
 
 -- EXISTS first: a Redis user of before this key was thought of may have no right to GET.
 if issued_at and redis.call("EXISTS", signed_out) == 1 then
+  local instant = tonumber(redis.call("GET", signed_out))
+  if not instant then
+    return redis.error_reply("UNREADABLE instant of the sign-out")
+  end
   -- Tokens say whole seconds: one of the same second may be from before.
-  if issued_at <= math.floor(tonumber(redis.call("GET", signed_out)) / 1000) then
+  if issued_at <= math.floor(instant / 1000) then
     return "SIGNED_OUT"
   end
 end
