@@ -45,8 +45,15 @@ def _stop_at_problems(prefix: str = "") -> None:
         raise click.ClickException("; ".join(problems))
 
 
+def _subject(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A subject that there can be, or None where the command can do without."""
+    if value is not None and not SUBJECT.fullmatch(value):
+        raise click.ClickException(f"a subject has 1 to {LONGEST_SUBJECT} characters of UTF-8")
+    return value
+
+
 @bp.cli.command()
-@click.argument("subject")
+@click.argument("subject", callback=_subject)
 @click.option("--seconds", default=86400, show_default=True, help="How long the token is valid.")
 def token(subject: str, seconds: int) -> None:
     """Print a token for SUBJECT, for development: only with JWT_SECRET."""
@@ -54,9 +61,8 @@ def token(subject: str, seconds: int) -> None:
     _stop_at_problems("JWT_")
     if not config.jwt_secret:
         raise click.ClickException("only the issuer can sign tokens; JWT_SECRET is not set")
-    if not SUBJECT.fullmatch(subject):
-        raise click.ClickException(f"a subject has 1 to {LONGEST_SUBJECT} characters")
-    claims: dict[str, Any] = {config.jwt_subject_claim: subject, "exp": int(time.time()) + seconds}
+    now = int(time.time())
+    claims: dict[str, Any] = {config.jwt_subject_claim: subject, "iat": now, "exp": now + seconds}
     if config.jwt_issuer:
         claims["iss"] = config.jwt_issuer
     if config.jwt_audience:
@@ -82,7 +88,7 @@ def sessions() -> None:
 
 
 @sessions.command("list")
-@click.argument("subject")
+@click.argument("subject", callback=_subject)
 @click.option("--json", "as_json", is_flag=True, help="Print them as GET /sessions does.")
 def list_sessions(subject: str, as_json: bool) -> None:
     """Print SUBJECT's live sessions, the most recently active first; exit code 1 where there is none."""
@@ -102,7 +108,7 @@ def list_sessions(subject: str, as_json: bool) -> None:
 
 
 @sessions.command()
-@click.argument("subject")
+@click.argument("subject", callback=_subject)
 @click.option("--id", help="Only this session.")
 @click.option("--refuse-earlier-tokens", is_flag=True, help="Let no token that was issued until now open a new one.")
 def revoke(subject: str, id: str | None, refuse_earlier_tokens: bool) -> None:
@@ -117,7 +123,7 @@ def revoke(subject: str, id: str | None, refuse_earlier_tokens: bool) -> None:
 
 
 @sessions.command()
-@click.argument("subject", required=False)
+@click.argument("subject", required=False, callback=_subject)
 def watch(subject: str | None) -> None:
     """Print a JSON line for each session that expires, of SUBJECT or of all, for as long as this runs."""
     try:
@@ -137,6 +143,7 @@ def watch(subject: str | None) -> None:
 def pseudonym(value: str) -> None:
     """Print what stands in the logs for VALUE, a subject or a session id."""
     config: Config = current_app.extensions["config"]
+    _stop_at_problems("LOG_KEY")
     if not (config.log_key or config.jwt_secret or config.redis_url):
         raise click.ClickException("LOG_KEY or JWT_SECRET must be set, as the service has it")
     click.echo(events.pseudonym(value))

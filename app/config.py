@@ -76,6 +76,16 @@ def parse_words(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
+def parse_http_url(text: str) -> str:
+    """An address of http or https."""
+    HTTP_URL(text)
+    try:
+        urlsplit(text)
+    except ValueError:
+        raise ValidationError(str(HTTP_URL.error)) from None
+    return text
+
+
 def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(map(ORIGIN, parse_words(text)))
 
@@ -181,7 +191,7 @@ class Config:
     redis_wait_replicas: int = setting(Integer(validate=Range(0, 5)), 0)
     jwt_secret: tuple[str, ...] = setting(parse_secrets, (), secret=True)
     jwt_public_key: PublicKeyTypes | None = setting(parse_public_key, secret=True)
-    jwt_jwks_url: str | None = setting(HTTP_URL, secret=True)
+    jwt_jwks_url: str | None = setting(parse_http_url, secret=True)
     jwt_jwks_http: bool = setting(on_off(), False)
     jwt_jwks_ca_certs: str | None = setting(parse_ca_certs, secret=True)
     jwt_algorithms: tuple[str, ...] = setting(parse_words, ())

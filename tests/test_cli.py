@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import requests
+import time_machine
 from click.testing import Result
 from flask import Flask
 
@@ -37,11 +39,28 @@ def test_token_claims(make_app: Callable[..., Flask]) -> None:
     assert alice.get("/sessions").status_code == 200
 
 
-@pytest.mark.parametrize("subject", ["", "x" * 257])
-def test_token_of_nobody(app: Flask, subject: str) -> None:
-    """A token that the service would refuse is not printed."""
-    result = run(app, "token", subject)
-    assert (result.exit_code, result.output) == (1, "Error: a subject has 1 to 256 characters\n")
+def test_token_after_a_sign_out(app: Flask, alice: Caller) -> None:
+    """A printed token says when it was issued, so that it opens a session after a sign-out."""
+    now = time.time()
+    with time_machine.travel(now - 10):
+        assert alice.post("/sessions/revoke-all", json={"refuseEarlierTokens": True}).status_code == 200
+    with time_machine.travel(now + 10):
+        alice.headers = {"Authorization": f"Bearer {run(app, 'token', 'alice').output.strip()}"}
+        assert alice.post("/sessions").status_code == 201
+
+
+@pytest.mark.parametrize("words", [["token"], ["sessions", "list"], ["sessions", "revoke"], ["sessions", "watch"]])
+@pytest.mark.parametrize("subject", ["", "x" * 257, "\udcff"])
+def test_nobody(app: Flask, words: list[str], subject: str) -> None:
+    """A subject that the service would refuse is refused in one line."""
+    result = run(app, *words, subject)
+    assert (result.exit_code, result.output) == (1, "Error: a subject has 1 to 256 characters of UTF-8\n")
+
+
+def test_pseudonym_with_a_refused_key(app: Flask) -> None:
+    """With a LOG_KEY that no service takes nothing is printed that would stand in no log."""
+    code, output, error = commands_in({"JWT_SECRET": SECRET, "LOG_KEY": "short"}, "pseudonym", "alice")
+    assert (code, output) == (1, "") and "LOG_KEY: " in error
 
 
 def test_token_of_an_issuer(make_app: Callable[..., Flask]) -> None:

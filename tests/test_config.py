@@ -210,6 +210,7 @@ CA_RULE = "must be a PEM certificate or the path of a file with it"
             ("ftp", "ftp://user:hunter2@issuer.example/jwks"),
             ("no host", "https:///hunter2"),
             ("half an address", "https://[::1/hunter2 "),
+            ("no address", "https://[:::]/hunter2"),
             ("a file", "file:///hunter2"),
         ]
     ]
