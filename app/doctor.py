@@ -36,9 +36,11 @@ HINTS = {
     "MOVED|CLUSTERDOWN|cluster mode": "a cluster needs redis+cluster:// or rediss+cluster:// in REDIS_URL",
     "cluster support disabled": "this is no cluster: redis:// or rediss:// in REDIS_URL",
     "READONLY|read only replica": "name the primary in REDIS_URL",
+    "unknown command.*SENTINEL": "this is no sentinel: redis:// or rediss:// in REDIS_URL",
     "No such master": "the path of REDIS_URL names the service that sentinels know",
     "Name or service|name resolution|nodename|No address": "no such host: look at REDIS_URL",
     "refused": "nothing listens there: look at host and port in REDIS_URL",
+    "not acknowledged": "REDIS_WAIT_REPLICAS asks for more replicas than the primary has, or one of them hangs",
     "max number of clients": "raise maxclients, or lower WEB_CONCURRENCY",
     "Timeout": "a firewall may be in the way, or only one of the two speaks TLS",
 }

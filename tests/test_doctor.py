@@ -130,6 +130,11 @@ def refusing(reply: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     "reply, hint",
     [
+        (
+            "ERR unknown command 'SENTINEL', with args beginning with: 'MASTER'",
+            "this is no sentinel: redis:// or rediss://",
+        ),
+        ("ERR not acknowledged by enough replicas", "REDIS_WAIT_REPLICAS asks for more replicas than the primary has"),
         ("ERR DB index is out of range", "REDIS_URL ends in a database that is not there; 0 always is"),
         ("ERR SELECT is not allowed in cluster mode", "a cluster needs redis+cluster:// or rediss+cluster://"),
         ("NOAUTH Authentication required.", "REDIS_URL needs a password: redis://:password@host"),
