@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPMessage
 from itertools import islice
@@ -73,6 +73,7 @@ class JwksKeys:
         self.generation, self.loaded, self.error = 0, False, f"{source.address}: no answer yet"
         self._source, self._report = source, report
         self._keys: list[VerificationKey] = []
+        self._by_id: dict[str | None, list[VerificationKey]] = {}
         self._asked, self._answered = threading.Event(), threading.Event()
         threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
         # The first answers should not be 503 only because the key set is a moment away.
@@ -91,7 +92,7 @@ class JwksKeys:
 
     def _named(self, key_id: str | None) -> Sequence[VerificationKey]:
         # Neither a key nor a token needs an id (RFC 7517 §4.5, RFC 7515 §4.1.4), and two keys may have the same.
-        return self._keys if key_id is None else [key for key in self._keys if key.id in (key_id, None)]
+        return self._keys if key_id is None else [*self._by_id.get(key_id, ()), *self._by_id.get(None, ())]
 
     def _refresh_for_ever(self) -> None:
         while True:
@@ -120,12 +121,14 @@ class JwksKeys:
             self._report(time.time())
 
     def _use(self, keys: list[VerificationKey]) -> None:
-        keys.sort(key=lambda key: key.id is None)  # what a token names is tried first
         if keys == self._keys:
             return
-        self._keys, self.loaded = keys, True
+        by_id = defaultdict(list)
+        for key in keys:
+            by_id[key.id].append(key)
+        self._keys, self._by_id, self.loaded = keys, by_id, True
         self.generation += 1
-        without_id = Counter(name for key in keys if key.id is None for name in key.algorithms)
+        without_id = Counter(name for key in by_id[None] for name in key.algorithms)
         if (number := max(without_id.values(), default=0)) > MOST_TRIED:
             log.warning("key_set_too_large", extra={"keys_without_id": number, "tried": MOST_TRIED})
 
