@@ -260,7 +260,8 @@ class Config:
         elif getattr(self, sources[0].lower()):
             possible = self._possible_algorithms()
             if unfit := ", ".join(name for name in self.jwt_algorithms if name not in possible):
-                yield f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {unfit} cannot be used with {sources[0]}"
+                rule = f"{unfit} cannot be used with this {sources[0]}, but {', '.join(possible)} can"
+                yield f"JWT_ALGORITHMS={' '.join(self.jwt_algorithms)!r}: {rule}"
 
     def _possible_algorithms(self) -> tuple[str, ...]:
         if self.jwt_secret:

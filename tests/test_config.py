@@ -150,7 +150,7 @@ def bad_value(variable: str, value: str, rule: str) -> Any:
         bad_value("JWT_ADMIN_SCOPE", value, "must be one scope: printable ASCII without space, quote and backslash")
         for value in ("two words", "a,\x7f", 'a"b', "a\\b", "\u00e9", "a\nb")
     ]
-    + [bad_value("JWT_ALGORITHMS", "none", "none cannot be used with JWT_SECRET")],
+    + [bad_value("JWT_ALGORITHMS", "none", "none cannot be used with this JWT_SECRET, but HS256 can")],
 )
 def test_refused_value(variable: str, value: str, rule: str) -> None:
     """A refusal names the variable, its value and the rule."""
@@ -268,6 +268,7 @@ def test_not_utf8(variable: str) -> None:
     )
 
 
+RSA_ONES = "RS256, RS384, RS512, PS256, PS384, PS512"
 HTTP_RULE = "JWT_JWKS_URL: must be an https:// address; http:// to another machine needs JWT_JWKS_HTTP=on"
 ADMIN_RULE = "JWT_ADMIN_SCOPE: needs JWT_ISSUER and JWT_AUDIENCE, unless tokens are signed with JWT_SECRET"
 REDIS_CA_RULE = "REDIS_CA_CERTS: is of use with rediss:// only, and not with REDIS_TLS_VERIFY=off"
@@ -291,27 +292,31 @@ REDIS_CA_RULE = "REDIS_CA_CERTS: is of use with rediss:// only, and not with RED
             "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL: exactly one must be set, not "
             "JWT_SECRET and JWT_PUBLIC_KEY and JWT_JWKS_URL",
         ),
-        ({"JWT_ALGORITHMS": "none"}, "JWT_ALGORITHMS='none': none cannot be used with JWT_SECRET"),
-        ({"JWT_ALGORITHMS": "HS256 RS256"}, "JWT_ALGORITHMS='HS256 RS256': RS256 cannot be used with JWT_SECRET"),
+        ({"JWT_ALGORITHMS": "none"}, "JWT_ALGORITHMS='none': none cannot be used with this JWT_SECRET, but HS256 can"),
+        (
+            {"JWT_ALGORITHMS": "HS256 RS256"},
+            "JWT_ALGORITHMS='HS256 RS256': RS256 cannot be used with this JWT_SECRET, but HS256 can",
+        ),
         (
             {"JWT_ALGORITHMS": "HS256,HS384,HS512"},
-            "JWT_ALGORITHMS='HS256 HS384 HS512': HS384, HS512 cannot be used with JWT_SECRET",
+            "JWT_ALGORITHMS='HS256 HS384 HS512': HS384, HS512 cannot be used with this JWT_SECRET, but HS256 can",
         ),
         (
             {"JWT_SECRET": f"{'s' * 64} {SECRET}", "JWT_ALGORITHMS": "HS512"},
-            "JWT_ALGORITHMS='HS512': HS512 cannot be used with JWT_SECRET",
+            "JWT_ALGORITHMS='HS512': HS512 cannot be used with this JWT_SECRET, but HS256 can",
         ),
         (
             {"JWT_PUBLIC_KEY": RSA_PEM, "JWT_ALGORITHMS": "RS256 HS256"},
-            "JWT_ALGORITHMS='RS256 HS256': HS256 cannot be used with JWT_PUBLIC_KEY",
+            f"JWT_ALGORITHMS='RS256 HS256': HS256 cannot be used with this JWT_PUBLIC_KEY, but {RSA_ONES} can",
         ),
         (
             {"JWT_PUBLIC_KEY": RSA_PEM, "JWT_ALGORITHMS": "ES256"},
-            "JWT_ALGORITHMS='ES256': ES256 cannot be used with JWT_PUBLIC_KEY",
+            f"JWT_ALGORITHMS='ES256': ES256 cannot be used with this JWT_PUBLIC_KEY, but {RSA_ONES} can",
         ),
         (
             {"JWT_JWKS_URL": "https://issuer.example", "JWT_ALGORITHMS": "HS256"},
-            "JWT_ALGORITHMS='HS256': HS256 cannot be used with JWT_JWKS_URL",
+            f"JWT_ALGORITHMS='HS256': HS256 cannot be used with this JWT_JWKS_URL, but {RSA_ONES}, "
+            "ES256, ES384, ES512, EdDSA can",
         ),
         (
             {"REDIS_URL": "memory://", "WEB_CONCURRENCY": "1", "REDIS_WAIT_REPLICAS": "1"},
