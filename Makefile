@@ -90,8 +90,8 @@ coverage: $(VENV)/dev
 	$(BIN)/pytest -n 3 --dist worksteal --cov
 
 faults: $(VENV)/dev
-	$(BIN)/pytest faults -n 4 --dist worksteal -m "not timed" -rP --no-header
-	$(BIN)/pytest faults -n 2 --dist worksteal -m timed -rP --no-header
+	$(BIN)/pytest faults -n 4 --dist worksteal -m "not timed" --no-header
+	$(BIN)/pytest faults -n 2 --dist worksteal -m timed --no-header
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --quiet --check .

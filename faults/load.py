@@ -4,12 +4,16 @@ import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
 import requests
 
 from tests.conftest import token
+
+# Keeps a line with what was measured, for the end of the report.
+Figures = Callable[[str], None]
 
 
 @cache

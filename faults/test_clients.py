@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from faults.load import Figures
 from tests.conftest import SECRET, token
 from tests.servers import RedisServer, gunicorn_logged, gunicorn_process, log_lines, until
 
@@ -47,12 +48,6 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 def port(environ: dict[str, str]) -> Iterator[int]:
     with gunicorn_process(environ, WORKERS) as (_, port):
         yield port
-
-
-def figures(text: str, capsys: pytest.CaptureFixture) -> None:
-    """Print a line for the table, whatever pytest captures."""
-    with capsys.disabled():
-        print(f"\n  {text}")
 
 
 def open_session(port: int) -> str:
@@ -142,16 +137,15 @@ def answered(connection: socket.socket) -> bool:
     return received.startswith(b"HTTP/1.1 200 ") and received.endswith(b'{"status": "ok"}')
 
 
-def report(what: str, took: list[float], before: int, after: int, more: str, capsys: pytest.CaptureFixture) -> None:
+def report(what: str, took: list[float], before: int, after: int, more: str, figures: Figures) -> None:
     p50 = statistics.median(took)
     figures(
-        f"{what}: heartbeat p50 {p50:.1f} ms, max {took[-1]:.1f} ms; {WORKERS} workers {before} -> {after} MB; {more}",
-        capsys,
+        f"{what}: heartbeat p50 {p50:.1f} ms, max {took[-1]:.1f} ms; {WORKERS} workers {before} -> {after} MB; {more}"
     )
     assert p50 < 100
 
 
-def test_slow_headers(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_slow_headers(environ: dict[str, str], figures: Figures) -> None:
     """A thousand clients that send their headers by drips hold up no other client and are cut off."""
     with gunicorn_process(environ, WORKERS) as (process, port):
         path, before = open_session(port), megabytes(process)
@@ -162,12 +156,12 @@ def test_slow_headers(environ: dict[str, str], capsys: pytest.CaptureFixture) ->
             answers = Counter(last_words(connection)[:12] for connection in connections)
         seconds = time.monotonic() - began
         assert seconds < 20
-        report("1,000 slow headers", took, before, after, f"all cut within {seconds:.1f} s", capsys)
+        report("1,000 slow headers", took, before, after, f"all cut within {seconds:.1f} s", figures)
         assert set(answers) <= {b"", b"HTTP/1.1 408"}
         assert beats(port, path, 5)
 
 
-def test_unfinished_bodies(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_unfinished_bodies(environ: dict[str, str], figures: Figures) -> None:
     """A thousand clients that never send the rest of their bodies hold up no other client and get a 408."""
     head = f"POST /sessions HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Content-Length: 100\r\n"
     with gunicorn_process(environ, WORKERS) as (process, port):
@@ -179,11 +173,11 @@ def test_unfinished_bodies(environ: dict[str, str], capsys: pytest.CaptureFixtur
             answers = Counter(last_words(connection)[:12] for connection in connections)
         seconds = time.monotonic() - began
         assert seconds < 15
-        report("1,000 unfinished bodies", took, before, after, f"all got 408 within {seconds:.1f} s", capsys)
+        report("1,000 unfinished bodies", took, before, after, f"all got 408 within {seconds:.1f} s", figures)
         assert answers == {b"HTTP/1.1 408": 1000}
 
 
-def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_idle_connections(environ: dict[str, str], figures: Figures) -> None:
     """Five thousand connections that a proxy keeps open hold up no client."""
     with gunicorn_process({**environ, "TRUSTED_PROXIES": "1"}, WORKERS) as (process, port):
         path, before = open_session(port), megabytes(process)
@@ -194,11 +188,11 @@ def test_idle_connections(environ: dict[str, str], capsys: pytest.CaptureFixture
             for connection in connections:
                 connection.sendall(HEALTH)
             alive = sum(map(answered, connections))
-        report("5,000 idle connections", took, before, after, f"{alive} still answer", capsys)
+        report("5,000 idle connections", took, before, after, f"{alive} still answer", figures)
         assert alive == 5000
 
 
-def test_no_reading(environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_reading(environ: dict[str, str], tmp_path: Path, figures: Figures) -> None:
     """A client that asks for very much and reads nothing of it is cut off, which is not worth a line in the log."""
     with gunicorn_logged(environ, tmp_path / "log") as (process, port), socket.socket() as connection:
         open_session(port)
@@ -218,7 +212,7 @@ def test_no_reading(environ: dict[str, str], tmp_path: Path, capsys: pytest.Capt
         assert files() == served  # it is not the keep-alive timeout that ends it
         until(lambda: files() < served, 30)
     assert [line for line in log_lines(tmp_path / "log") if line["level"] == "ERROR"] == []
-    figures(f"reading nothing: cut after {time.monotonic() - began:.0f} s", capsys)
+    figures(f"reading nothing: cut after {time.monotonic() - began:.0f} s")
 
 
 class Clients:
@@ -274,7 +268,7 @@ class Clients:
                         self.connections += 1
 
 
-def test_rolling_restart(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_rolling_restart(environ: dict[str, str], figures: Figures) -> None:
     """While all workers are replaced, three times under load, not a single request fails."""
     with gunicorn_process(environ, WORKERS) as (process, port):
         with Clients(port, open_session(port)) as clients:
@@ -286,13 +280,12 @@ def test_rolling_restart(environ: dict[str, str], capsys: pytest.CaptureFixture)
             time.sleep(1)
     figures(
         f"3 rolling restarts: {clients.answered.total()} requests, {len(clients.failures)} failed, "
-        f"{clients.connections} connections",
-        capsys,
+        f"{clients.connections} connections"
     )
     assert (clients.failures, clients.refused, set(clients.answered)) == ([], 0, {200})
 
 
-def test_stops_under_load(environ: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_stops_under_load(environ: dict[str, str], figures: Figures) -> None:
     """After SIGTERM every connection that was there gets whole answers, new ones may be refused; the exit code is 0."""
     with gunicorn_process(environ, WORKERS) as (process, port):
         path, head = open_session(port), f"POST /sessions HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Connection: close\r\n"
@@ -310,8 +303,7 @@ def test_stops_under_load(environ: dict[str, str], capsys: pytest.CaptureFixture
             clients.join()
     figures(
         f"SIGTERM under load: {clients.answered.total()} requests, {len(clients.failures)} failed, "
-        f"20 of 20 half-sent ones answered, stopped in {seconds:.1f} s",
-        capsys,
+        f"20 of 20 half-sent ones answered, stopped in {seconds:.1f} s"
     )
     assert (clients.failures, set(clients.answered)) == ([], {200})
 

@@ -13,7 +13,7 @@ import requests
 from redis.crc import key_slot
 
 from app.store import index_key
-from faults.load import Load, headers
+from faults.load import Figures, Load, headers
 from tests.conftest import SECRET
 from tests.servers import free_port, gunicorn, gunicorn_logged, log_lines, required, running, until
 
@@ -83,7 +83,7 @@ def shared_out(six: Six, number: int = 12) -> tuple[list[str], list[str]]:
     return here, [subject for subject in subjects if subject not in here]
 
 
-def test_primary_killed(six: Six, tmp_path: Path) -> None:
+def test_primary_killed(six: Six, tmp_path: Path, figures: Figures) -> None:
     """When a primary is lost its subjects get 500s until the replica takes over, and no caller a 404.
 
     The log has the end of the trouble with it, although it never comes back.
@@ -101,15 +101,15 @@ def test_primary_killed(six: Six, tmp_path: Path) -> None:
     began = {line[1:] for line in lines if line[0] == "redis_unavailable"}
     assert any(server == f"127.0.0.1:{six.primaries[0]}" for _, server in began)
     assert {line[1:] for line in lines if line[0] == "redis_available"} == began
-    print(
-        f"\nprimary killed: 500 for {load.trouble(here):.1f} s on its shard, for {load.trouble(elsewhere):.1f} s "
+    figures(
+        f"primary killed: 500 for {load.trouble(here):.1f} s on its shard, for {load.trouble(elsewhere):.1f} s "
         f"elsewhere, slowest {load.slowest():.2f} s, {dict(load.statuses())}"
     )
     load.check(500)
     assert {status for at, _, status, _ in load.answers[-20:]} == {200}
 
 
-def test_primary_hangs(six: Six, address: str) -> None:
+def test_primary_hangs(six: Six, address: str, figures: Figures) -> None:
     """While a primary hangs the subjects of the others are served as ever."""
     here, elsewhere = shared_out(six)
     with Load(address, [*here, *elsewhere]) as load:
@@ -118,14 +118,14 @@ def test_primary_hangs(six: Six, address: str) -> None:
         six.processes[six.primaries[0]].send_signal(signal.SIGCONT)
         time.sleep(2)
     others = sorted(took for _, who, _, took in load.answers if who in elsewhere)
-    print(f"\nprimary hangs: the others' p99 {others[len(others) * 99 // 100] * 1000:.0f} ms, {dict(load.statuses())}")
+    figures(f"primary hangs: the others' p99 {others[len(others) * 99 // 100] * 1000:.0f} ms, {dict(load.statuses())}")
     load.check(500)
     assert not load.trouble(elsewhere)
     assert {status for at, _, status, _ in load.answers[-20:]} == {200}
 
 
 @pytest.mark.parametrize("to", ["a node that has slots", "a new node"])
-def test_slot_moved(six: Six, address: str, tmp_path: Path, to: str) -> None:
+def test_slot_moved(six: Six, address: str, tmp_path: Path, to: str, figures: Figures) -> None:
     """While a slot moves between nodes its sessions are kept alive, alone and together, and none is called gone."""
     here, elsewhere = shared_out(six)
     subject, slot = here[0], key_slot(index_key(here[0]).encode())
@@ -136,10 +136,13 @@ def test_slot_moved(six: Six, address: str, tmp_path: Path, to: str) -> None:
             six.clients[port].execute_command("CLUSTER", "MEET", "127.0.0.1", six.primaries[0])
             for client in six.clients.values():
                 until(lambda: KNOWN.items() <= client.cluster("info").items())
-        move_slot(six, address, subject, slot, port, elsewhere[:3])
+        load = move_slot(six, address, subject, slot, port, elsewhere[:3])
+    figures(f"slot moved to {to}: slowest {load.slowest():.2f} s, {dict(load.statuses())}")
+    load.check()
 
 
-def move_slot(six: Six, address: str, subject: str, slot: int, port: int, others: list[str]) -> None:
+def move_slot(six: Six, address: str, subject: str, slot: int, port: int, others: list[str]) -> Load:
+    """Move a slot under load, key by key; gives what the callers were answered."""
     source, target = six.clients[six.primaries[0]], six.clients[port]
     ids = {client: client.execute_command("CLUSTER MYID") for client in (source, target)}
     with Load(address, [subject, *others]) as load:
@@ -156,8 +159,7 @@ def move_slot(six: Six, address: str, subject: str, slot: int, port: int, others
         for client in (target, source):
             client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
         time.sleep(1)
-    print(f"\nslot moved: slowest {load.slowest():.2f} s, {dict(load.statuses())}")
-    load.check()
+    return load
 
 
 def renewed(address: str, subject: str, ids: list[str]) -> list[bool]:

@@ -13,6 +13,7 @@ import pytest
 from app.config import Config
 from app.store import SessionNotFound, SessionStore, TooManySessions, index_key, session_key
 from app.store.connect import connect
+from faults.load import Figures
 from tests.conftest import SECRET
 from tests.servers import RedisServer, until
 
@@ -145,7 +146,7 @@ def _listed(store: SessionStore, subject: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stores", [CLIENTS, 1])
-def test_model(server: RedisServer, stores: int) -> None:
+def test_model(server: RedisServer, stores: int, figures: Figures) -> None:
     """A session that a caller was told is over stays over, and Redis never holds too much or anything for ever.
 
     Each client has a store of its own, or all share one, whose heartbeats then share round trips.
@@ -174,5 +175,5 @@ def test_model(server: RedisServer, stores: int) -> None:
     for each in servers:
         each.clients()[0].connection_pool.disconnect()
     told = ", ".join(f"{name} {number}" for name, number in sorted(model.outcomes.items()))
-    print(f"\n{ROUNDS} rounds, {CLIENTS} clients, {stores} stores, {seconds:.1f} s: {told}; 0 contradictions")
+    figures(f"{ROUNDS} rounds, {CLIENTS} clients, {stores} stores, {seconds:.1f} s: {told}; 0 contradictions")
     assert min(model.outcomes[name] for name in ("heartbeat 200", "heartbeat 404", "revoke 200", "revoke-all")) > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from faults.load import Load
+from faults.load import Figures, Load
 from tests.conftest import SECRET
 from tests.servers import free_port, free_ports, gunicorn, required, running, until
 
@@ -73,7 +73,7 @@ def fail_over(trio: Trio) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 0])
 @pytest.mark.parametrize("fault", [kill_primary, fail_over])
-def test_failover(trio: Trio, fault: object, replicas: int) -> None:
+def test_failover(trio: Trio, fault: object, replicas: int, figures: Figures) -> None:
     """Through a failover no live session is called gone, and with a confirming replica nothing acknowledged is lost."""
     environ = {"REDIS_URL": trio.url, "JWT_SECRET": SECRET, "REDIS_WAIT_REPLICAS": str(replicas)}
     with gunicorn(environ) as address:
@@ -85,8 +85,8 @@ def test_failover(trio: Trio, fault: object, replicas: int) -> None:
             until(load.all_is_well, 30)
         assert before
         lost = load.lost()
-    print(
-        f"\n{fault.__name__}, REDIS_WAIT_REPLICAS={replicas}: heartbeats 500 for {load.trouble(load.subjects):.1f} s, "
+    figures(
+        f"{fault.__name__}, REDIS_WAIT_REPLICAS={replicas}: heartbeats 500 for {load.trouble(load.subjects):.1f} s, "
         f"all for {load.trouble():.1f} s, slowest {load.slowest():.2f} s, {lost[0]} of {len(load.opened)} opens lost, "
         f"{lost[1]} of {len(load.revoked)} revokes undone, {dict(load.statuses())}"
     )
@@ -97,7 +97,7 @@ def test_failover(trio: Trio, fault: object, replicas: int) -> None:
         assert lost == (0, 0)
 
 
-def test_replica_hangs(trio: Trio) -> None:
+def test_replica_hangs(trio: Trio, figures: Figures) -> None:
     """A replica that hangs holds up opens and revokes for some seconds; then the other one's word will do."""
     with gunicorn({"REDIS_URL": trio.url, "JWT_SECRET": SECRET, "REDIS_WAIT_REPLICAS": "1"}) as address:
         with Load(address, ["beat"], churn=True) as load:
@@ -107,7 +107,7 @@ def test_replica_hangs(trio: Trio) -> None:
             trio.processes[1].send_signal(signal.SIGCONT)
             time.sleep(2)
         lost = load.lost()
-    print(f"\nreplica hangs, REDIS_WAIT_REPLICAS=1: opens 500 for {held_up:.1f} s, {dict(load.statuses())}")
+    figures(f"replica hangs, REDIS_WAIT_REPLICAS=1: opens 500 for {held_up:.1f} s, {dict(load.statuses())}")
     load.check(500)
     assert held_up < 7 and not load.trouble(["beat"])
     assert lost == (0, 0) and load.answers[-1][2] in (200, 201)
