@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 # Below the ports that the kernel gives to outgoing connections, one of which could otherwise take a port between its
 # choice and its use. Each process of pytest-xdist has a thousand of its own, since it could be another one's choice as
-# well. A cluster's nodes use the port 10,000 above, too.
-FIRST_PORT = 10_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
+# well. A cluster's nodes use the port 10,000 above, too. Node and browsers connect to none of some ports, of which
+# 10,080 is the highest (https://fetch.spec.whatwg.org/#port-blocking).
+FIRST_PORT = 11_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
 PORTS = range(FIRST_PORT, FIRST_PORT + 1_000)
 
 
