@@ -104,6 +104,15 @@ def test_all_extended(alice: Caller, database: redis.Redis, clock: Clock) -> Non
         assert session["lastActivity"] > session["startedAt"]
 
 
+def test_timeouts(alice: Caller, database: redis.Redis) -> None:
+    """Each session is extended by its own idle timeout, whichever ones come before it."""
+    seconds = [60, 90, 60, 70, 90]
+    ids = [alice.open(idleTimeoutSeconds=each) for each in seconds]
+    assert results(alice, ids) == [renewed(database, id) for id in ids]
+    first = expiry(database, ids[0])
+    assert [expiry(database, id) - first for id in ids] == [0, 30_000, 0, 10_000, 30_000]
+
+
 def test_order(alice: Caller, database: redis.Redis) -> None:
     """Results come in the order asked, whatever becomes of each."""
     live = [alice.open() for _ in range(30)]

@@ -9,6 +9,10 @@
 local call = redis.call
 local time = call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- Redis writes each number that it is given with 17 digits, which takes a tenth of a key's time. As text it is written
+-- once for the sessions that share it.
+local now_text = string.format("%.0f", now)
+local expiry, expiry_text
 
 -- A whole number that PEXPIREAT takes, 1 at least; nothing else.
 local function whole(text)
@@ -30,15 +34,18 @@ local function extend(session)
   if not (idle and absolute_end) then
     return redis.error_reply("UNREADABLE idle timeout or absolute end")
   end
-  local expiry = math.min(now + idle, absolute_end)
+  local extended = math.min(now + idle, absolute_end)
+  if extended ~= expiry then
+    expiry, expiry_text = extended, string.format("%.0f", extended)
+  end
   -- PEXPIREAT is the first write: a full Redis refuses scripts that begin with one that takes memory. GT, since a clock
   -- that was set back must not shorten a session.
-  call("PEXPIREAT", session, expiry, "GT")
-  call("HSET", session, "active", now)
+  call("PEXPIREAT", session, expiry_text, "GT")
+  call("HSET", session, "active", now_text)
   local held = call("PEXPIRETIME", session)
   if held < 0 then
     -- A key without a TTL, which GT takes for an endless one. It must get one, and ends here if its time is over.
-    call("PEXPIREAT", session, expiry)
+    call("PEXPIREAT", session, expiry_text)
     held = call("PEXPIRETIME", session)
   end
   return held >= 0 and held
