@@ -80,7 +80,7 @@ test quick coverage faults: export PYTHONDONTWRITEBYTECODE :=
 # More workers than cores, because the tests often wait; then what measures time, apart from what takes all of the
 # processor.
 test: check
-	$(BIN)/pytest -n 4 --dist worksteal -m "not timed"
+	$(BIN)/pytest -n 6 --dist worksteal -m "not timed"
 	$(BIN)/pytest -n 3 --dist worksteal -m timed
 
 quick: $(VENV)/dev

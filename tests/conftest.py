@@ -1,5 +1,6 @@
 """What every test can ask for: a Redis, fake or real, a clock that moves, the app on both, and callers."""
 
+import gc
 import logging
 import os
 import threading
@@ -33,6 +34,11 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 fake_only = pytest.mark.parametrize("backend", ["fakeredis"], indirect=True)
 
 SECRET = "the-tests-own-secret-of-more-than-32-bytes"
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected stays: not looking through it takes a twentieth off the suite's time."""
+    gc.freeze()
 
 
 @dataclass
