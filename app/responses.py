@@ -56,11 +56,8 @@ class ContractJSON(DefaultJSONProvider):
         return APIResponse(self.dumps(args[0] if args else kwargs))
 
 
+@functools.lru_cache(1024)  # sessions that are renewed together mostly share their expiry
 def rfc3339(ms: int) -> str:
     """Milliseconds since the epoch as RFC 3339: UTC, ending in Z, with milliseconds."""
-    return f"{_to_the_second(ms // 1000)}.{ms % 1000:03d}Z"
-
-
-@functools.lru_cache(1024)  # a fleet's expiries lie in few seconds
-def _to_the_second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    at = datetime.fromtimestamp(ms // 1000, timezone.utc).replace(microsecond=ms % 1000 * 1000)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
