@@ -346,17 +346,20 @@ def test_revoke_all_on_its_way(node: redis.Redis, cluster_url: str, tmp_path: Pa
         disconnect(app)
 
 
-def test_slots_of_nobody(tmp_path: Path) -> None:
-    """Where slots of a cluster belong to nobody a service that starts then serves the others."""
+def test_slots_of_nobody(tmp_path: Path, log: Log) -> None:
+    """Where slots of a cluster belong to nobody a service that starts then serves the others, and logs that once."""
     with cluster_node(tmp_path) as node:
         node.config_set("cluster-require-full-coverage", "no")
         node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
         until(lambda: node.cluster("info")["cluster_state"] == "ok")
         app = create_app(config(f"redis+cluster://127.0.0.1:{port_of(node)}"))
-        for subject in "abcdefgh":
+        log.take()
+        for subject in "abcdefgh" * 2:
             served = key_slot(f"{{{subject}}}".encode()) < 8192
             assert Caller(app, subject).post("/sessions").status_code == (201 if served else 500)
         assert app.test_client().get("/readyz").status_code == 200
+        trouble = [line["script"] for line in log.take() if line["event"].startswith("redis_")]
+        assert sorted(trouble) == ["open", "revoke"]
         disconnect(app)
 
 

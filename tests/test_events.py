@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 
 from app.events import LineLimiter
 from app.store import session_key
-from tests.conftest import SECRET, Caller, Log, token
+from tests.conftest import SECRET, Caller, Clock, Log, token
 from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, log_lines, running, until
 
 MISSING = "A" * 32
@@ -147,7 +147,7 @@ def test_token_refused(app: Flask, log: Log, authorization: str | None, reason: 
     assert authorization is None or authorization.split()[1] not in str(line)
 
 
-def test_outage(alice: Caller, database: redis.Redis, log: Log) -> None:
+def test_outage(alice: Caller, database: redis.Redis, log: Log, clock: Clock) -> None:
     """An outage is one line when it begins and one when it is over, however many requests meet it."""
     id = alice.open()
     log.take()
@@ -158,12 +158,15 @@ def test_outage(alice: Caller, database: redis.Redis, log: Log) -> None:
         [line] = log.take()
         assert (line["event"], line["levelname"], line["script"]) == ("redis_unavailable", "ERROR", "heartbeat")
         server.connected = True
+        clock.sleep(1)
         assert [alice.heartbeat(id).status_code for _ in range(5)] == [200] * 5
         assert log.names() == ["redis_available"]
 
 
 @pytest.mark.parametrize("script", ["heartbeat", "get"])
-def test_nobody_knows_where(app: Flask, alice: Caller, log: Log, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def test_nobody_knows_where(
+    app: Flask, alice: Caller, log: Log, clock: Clock, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
     """It is an outage, too, while it is not known which server holds a session, and each is two lines."""
     ask, id = {"heartbeat": alice.heartbeat, "get": alice.read}[script], alice.open()
     log.take()
@@ -177,6 +180,7 @@ def test_nobody_knows_where(app: Flask, alice: Caller, log: Log, monkeypatch: py
             assert [ask(id).status_code for _ in range(3)] == [500] * 3
         [line] = log.take()
         assert (line["event"], line["script"]) == ("redis_unavailable", script)
+        clock.sleep(1)
         assert [ask(id).status_code for _ in range(3)] == [200] * 3
         assert log.names() == ["redis_available"]
 

@@ -1,6 +1,7 @@
 """Trouble with servers: what it is to callers, and its log, once when it begins and once when it is over."""
 
 import logging
+import time
 
 import redis
 
@@ -8,6 +9,8 @@ from app.store.connect import Servers
 from app.store.server import address_of
 
 log = logging.getLogger(__name__)
+
+QUIET_SECONDS = 1.0  # without trouble, after which an outage is over
 
 
 class StoreUnavailable(Exception):
@@ -25,34 +28,37 @@ class Unreadable(StoreUnavailable):
 class Outages:
     """What is in trouble: by script, since a full Redis refuses only some, and by server, since clusters fail in parts.
 
-    Servers are known by their addresses, so that nothing here keeps the client of one that is gone.
+    A server can also fail in part, as for some slots of a cluster: what has just failed is not over because another
+    call succeeds. Servers are known by their addresses, so that nothing here keeps the client of one that is gone.
     """
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
-        self._current: set[tuple[str, str | None]] = set()
+        self._current: dict[tuple[str, str | None], float] = {}  # when each has failed last
 
-    def begun(self, what: str, client: redis.Redis | None, error: Exception) -> StoreUnavailable:
+    def failed(self, what: str, client: redis.Redis | None, error: Exception) -> StoreUnavailable:
         """Take notice that a call has failed; gives what this is to its caller.
 
         `client` is None where it is not known which server it would be.
         """
         self._servers.failed(error)
         server = address_of(client) if client else None
-        if (what, server) not in self._current:
-            self._current.add((what, server))
+        known = (what, server) in self._current
+        self._current[what, server] = time.time()
+        if not known:
             log.error("redis_unavailable", extra={"script": what, "server": server, "reason": described(error)})
         return StoreUnavailable(described(error))
 
-    def over(self, what: str, client: redis.Redis) -> None:
+    def succeeded(self, what: str, client: redis.Redis) -> None:
         """Take notice that a call has succeeded."""
         if self._current:
             here, present = address_of(client), [address_of(each) for each in self._servers.clients()]
-            # Also over is the trouble with a server that is gone: another one has taken its place.
-            over = {each for each in self._current if each == (what, here) or each[1] not in present}
-            self._current -= over
-            for script, server in over:
-                log.warning("redis_available", extra={"script": script, "server": server})
+            for each, failed_at in list(self._current.items()):
+                quiet = abs(time.time() - failed_at) >= QUIET_SECONDS  # a clock can be set back
+                # Also over is the trouble with a server that is gone: another one has taken its place.
+                if quiet and (each == (what, here) or each[1] not in present):
+                    self._current.pop(each, None)
+                    log.warning("redis_available", extra={"script": each[0], "server": each[1]})
 
 
 def described(error: Exception) -> str:

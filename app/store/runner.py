@@ -65,7 +65,7 @@ class Runner:
         try:
             client = self._servers.client_for(key)
         except (RedisError, OSError) as error:
-            raise self._outages.begun(script.name, None, error) from error
+            raise self._outages.failed(script.name, None, error) from error
         server = self._known.get(client)
         if server is None:
             server = self._known.setdefault(client, _Server(self._send_batch, self._replicas))
@@ -96,7 +96,7 @@ class Runner:
             with deadline(self._call_timeout):
                 replies = exchange()
         except (RedisError, OSError) as error:
-            raise self._outages.begun(script.name, client, error) from error
+            raise self._outages.failed(script.name, client, error) from error
         finally:
             self._observe(script.name, number, time.perf_counter() - began)
         failed = False
@@ -105,10 +105,10 @@ class Runner:
                 if str(reply).startswith(("WRONGTYPE ", "UNREADABLE ")):
                     replies[place] = Unreadable(str(reply))  # about what a key holds, not about the server
                 else:
-                    replies[place] = self._outages.begun(script.name, client, reply)
+                    replies[place] = self._outages.failed(script.name, client, reply)
                     failed = True
         if not failed:
-            self._outages.over(script.name, client)
+            self._outages.succeeded(script.name, client)
         return replies
 
     def _exchange(self, client: redis.Redis, script: Script, calls: Sequence[Sequence[str]]) -> list[Any]:
@@ -175,9 +175,9 @@ class Runner:
         if isinstance(reply, StoreUnavailable):
             raise reply
         if acknowledged is False:
-            raise self._outages.begun("replicas", client, ResponseError("not acknowledged by enough replicas"))
+            raise self._outages.failed("replicas", client, ResponseError("not acknowledged by enough replicas"))
         if acknowledged:
-            self._outages.over("replicas", client)
+            self._outages.succeeded("replicas", client)
         return reply
 
     def probe(self, keys: Sequence[str]) -> None:
