@@ -19,7 +19,7 @@ import pytest
 
 from faults.load import Figures
 from tests.conftest import SECRET, token
-from tests.servers import RedisServer, gunicorn_logged, gunicorn_process, log_lines, until
+from tests.servers import RedisServer, gunicorn_logged, gunicorn_process, log_lines, until, workers_of
 
 pytestmark = pytest.mark.timed
 WORKERS = 2
@@ -59,14 +59,9 @@ def open_session(port: int) -> str:
         return answer.headers["Location"] + "/heartbeat"
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The workers of a gunicorn."""
-    return [int(id) for id in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 def megabytes(process: subprocess.Popen) -> int:
     """The resident memory of all workers."""
-    statuses = [Path(f"/proc/{child}/status").read_text() for child in children(process)]
+    statuses = [Path(f"/proc/{child}/status").read_text() for child in workers_of(process)]
     return sum(int(re.search(r"VmRSS:\s+([0-9]+)", status)[1]) for status in statuses) // 1024
 
 
@@ -196,7 +191,7 @@ def test_no_reading(environ: dict[str, str], tmp_path: Path, figures: Figures) -
     """A client that asks for very much and reads nothing of it is cut off, which is not worth a line in the log."""
     with gunicorn_logged(environ, tmp_path / "log") as (process, port), socket.socket() as connection:
         open_session(port)
-        [worker] = children(process)
+        [worker] = workers_of(process)
 
         def files() -> int:
             return len(list(Path(f"/proc/{worker}/fd").iterdir()))
@@ -274,9 +269,9 @@ def test_rolling_restart(environ: dict[str, str], figures: Figures) -> None:
         with Clients(port, open_session(port)) as clients:
             for _ in range(3):
                 time.sleep(1)
-                old = set(children(process))
+                old = set(workers_of(process))
                 process.send_signal(signal.SIGHUP)
-                until(lambda: len(children(process)) == WORKERS and not old & set(children(process)), 30)
+                until(lambda: len(workers_of(process)) == WORKERS and not old & set(workers_of(process)), 30)
             time.sleep(1)
     figures(
         f"3 rolling restarts: {clients.answered.total()} requests, {len(clients.failures)} failed, "

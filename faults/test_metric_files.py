@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.metric_files import SIZES
 from tests.conftest import SECRET, token
-from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, gunicorn_process, log_lines, until
+from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, gunicorn_process, log_lines, until, workers_of
 
 AUTH = {"Authorization": f"Bearer {token()}"}
 MISSING = "A" * 32
@@ -29,17 +29,12 @@ def environ(redis_server: RedisServer, folder: Path) -> dict[str, str]:
     return {"REDIS_URL": redis_server.url, "JWT_SECRET": SECRET, "TMPDIR": str(folder), "PROMETHEUS_MULTIPROC_DIR": ""}
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The process ids of the workers."""
-    return [int(id) for id in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 def folder_of(process: subprocess.Popen) -> Path:
     """The folder in which the workers count, as soon as one does."""
     found: set[Path] = set()
 
     def look() -> set[Path]:
-        lines = [line for id in children(process) for line in Path(f"/proc/{id}/maps").read_text().splitlines()]
+        lines = [line for id in workers_of(process) for line in Path(f"/proc/{id}/maps").read_text().splitlines()]
         found.update(Path(line.split()[-1]).parent for line in lines if line.endswith(".db"))
         return found
 
@@ -60,9 +55,9 @@ def beat(port: int, id: str = MISSING) -> int:
 
 def restart(process: subprocess.Popen) -> None:
     """Have all workers replaced."""
-    old = set(children(process))
+    old = set(workers_of(process))
     process.send_signal(signal.SIGHUP)
-    until(lambda: children(process) and not old & set(children(process)), 20)
+    until(lambda: workers_of(process) and not old & set(workers_of(process)), 20)
 
 
 def test_folder(environ: dict[str, str], folder: Path) -> None:
@@ -94,7 +89,7 @@ def test_killed_master(environ: dict[str, str]) -> None:
     with gunicorn_process(environ) as (living, port):
         with gunicorn_process(environ) as (killed, _):
             left = folder_of(killed)
-            workers = children(killed)
+            workers = workers_of(killed)
             killed.kill()
             killed.wait()
             until(lambda: not any(Path(f"/proc/{id}").exists() for id in workers))
@@ -114,9 +109,9 @@ def test_restarts(environ: dict[str, str]) -> None:
                 assert beat(port) == 404
                 beats += 1
                 assert counted(port) == beats
-            old, deadline = set(children(process)), time.monotonic() + 20
+            old, deadline = set(workers_of(process)), time.monotonic() + 20
             os.kill(receiver or next(iter(old)), signal_)
-            while old & set(children(process)) or not children(process):
+            while old & set(workers_of(process)) or not workers_of(process):
                 with suppress(requests.ConnectionError):  # of the worker that was killed
                     assert counted(port) == beats
                 assert time.monotonic() < deadline
@@ -169,14 +164,14 @@ def test_full_disk(environ: dict[str, str], folder: Path, mounts: list[str], tmp
         for place in ("/dev/shm", folder):
             fill(process, place)
         for refused in (0, 1):
-            workers = children(process)
+            workers = workers_of(process)
             for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
                 for path in ("/sessions", f"/sessions/{id}", f"/sessions/{MISSING}/heartbeat", "/sessions/heartbeat"):
                     for headers in ({}, AUTH, {**AUTH, "Content-Type": "application/json"}):
                         answer = requests.request(method, address + path, data="{", headers=headers, timeout=10)
                         assert answer.status_code < 500
                         assert beat(port, id) == 200
-            assert children(process) == workers
+            assert workers_of(process) == workers
             assert counted(port) >= 60
             lines = troubles(file)
             assert [line["event"] for line in lines] == ["metrics_incomplete"] * refused

@@ -164,6 +164,11 @@ def gunicorn_logged(
         yield started
 
 
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The process ids of a gunicorn's workers."""
+    return [int(id) for id in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
 def gunicorn(environ: dict[str, str], workers: int = 1) -> Iterator[str]:
     """The service under its own gunicorn.conf.py, on a free port; gives its base address."""

@@ -23,7 +23,7 @@ from werkzeug.test import TestResponse
 from app.events import LineLimiter
 from app.store import session_key
 from tests.conftest import SECRET, Caller, Clock, Log, token
-from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, log_lines, running, until
+from tests.servers import ROOT, RedisServer, free_port, gunicorn_logged, log_lines, running, until, workers_of
 
 MISSING = "A" * 32
 HASH = re.compile(r"[0-9a-f]{16}")
@@ -473,8 +473,7 @@ def test_served_log(redis_server: RedisServer, tmp_path: Path) -> None:
         for path in (f"/sessions/{MISSING}/heartbeat", f"/sessions/{MISSING}/revoke", "/sessions/revoke-all"):
             ask("POST", path)
         until(lambda: "sessions_revoked" in file.read_text())
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        pids = {process.pid, *map(int, workers)}
+        pids = {process.pid, *workers_of(process)}
     lines = log_lines(file)
     assert {line["event"] for line in lines} >= {
         "session_opened",
