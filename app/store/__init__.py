@@ -13,10 +13,10 @@ from cachetools import LRUCache
 from app.config import Config
 from app.deadline import giving_way
 from app.store.connect import Servers
-from app.store.outages import ConnectionsBusy as ConnectionsBusy
-from app.store.outages import StoreUnavailable as StoreUnavailable
-from app.store.outages import Unreadable as Unreadable
-from app.store.outages import described
+from app.store.errors import ConnectionsBusy as ConnectionsBusy
+from app.store.errors import StoreUnavailable as StoreUnavailable
+from app.store.errors import Unreadable as Unreadable
+from app.store.errors import described
 from app.store.runner import Observe, Runner
 from app.store.scripts import GET, HEARTBEAT, INDEX, OPEN, REVOKE, REVOKE_ALL, Script
 from app.store.scripts import Renewal as Renewal

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from app.deadline import give_way
-from app.store.outages import StoreUnavailable
+from app.store.errors import StoreUnavailable
 
 
 class Abandoned(StoreUnavailable):

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.store import session_key
 from app.store.connect import Servers
-from app.store.outages import StoreUnavailable, described
+from app.store.errors import StoreUnavailable, described
 
 POLL_SECONDS = 0.05
 CHECK_SECONDS = 5.0  # between two questions whether a server is there

@@ -6,23 +6,12 @@ import time
 import redis
 
 from app.store.connect import Servers
+from app.store.errors import StoreUnavailable, described
 from app.store.server import address_of
 
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 1.0  # without trouble, after which an outage is over
-
-
-class StoreUnavailable(Exception):
-    """Redis is down, slow, failing over, full or read-only: whether the session lives is not known."""
-
-
-class ConnectionsBusy(StoreUnavailable):
-    """More calls at once than there are connections for those that are not heartbeats. Redis itself may be well."""
-
-
-class Unreadable(StoreUnavailable):
-    """A session's record, or a subject's index, is not what this service has written. It can still be revoked."""
 
 
 class Outages:
@@ -37,7 +26,7 @@ class Outages:
         self._current: dict[tuple[str, str | None], float] = {}  # when each has failed last
 
     def failed(self, what: str, client: redis.Redis | None, error: Exception) -> StoreUnavailable:
-        """Take notice that a call has failed; gives what this is to its caller.
+        """Note that a call has failed; gives the exception to raise to its caller.
 
         `client` is None where it is not known which server it would be.
         """
@@ -50,16 +39,12 @@ class Outages:
         return StoreUnavailable(described(error))
 
     def succeeded(self, what: str, client: redis.Redis) -> None:
-        """Take notice that a call has succeeded."""
+        """Note that a call has succeeded."""
         if self._current:
             here, present = address_of(client), [address_of(each) for each in self._servers.clients()]
             for each, failed_at in list(self._current.items()):
                 quiet = abs(time.time() - failed_at) >= QUIET_SECONDS  # a clock can be set back
-                # Also over is the trouble with a server that is gone: another one has taken its place.
+                # Also over is trouble with a server that was not known, or is gone: another has taken its place.
                 if quiet and (each == (what, here) or each[1] not in present):
                     self._current.pop(each, None)
                     log.warning("redis_available", extra={"script": each[0], "server": each[1]})
-
-
-def described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

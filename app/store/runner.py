@@ -17,7 +17,8 @@ from app.config import Config
 from app.deadline import deadline
 from app.store.batching import GroupCommit
 from app.store.connect import POOL_SIZE, Servers
-from app.store.outages import ConnectionsBusy, Outages, StoreUnavailable, Unreadable
+from app.store.errors import ConnectionsBusy, StoreUnavailable, Unreadable
+from app.store.outages import Outages
 from app.store.replicas import ReplicaAcks
 from app.store.scripts import HEARTBEAT, PROBE, Command, Script
 
