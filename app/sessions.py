@@ -14,7 +14,7 @@ from app.events import emit, peer_address
 from app.metrics import counted
 from app.responses import HeartbeatResponse, rfc3339
 from app.schemas import SESSION_ID, HeartbeatManySchema, OpenSchema, RevokeAllSchema, SessionSchema
-from app.store import Renewal, SessionNotFound, SessionStore, StoreUnavailable
+from app.store import ConnectionsBusy, Renewal, SessionNotFound, SessionStore, StoreUnavailable
 
 ENDED = "Session not found or expired"  # at this a device opens a new session
 
@@ -55,6 +55,8 @@ def end_sessions(
         else:
             store().revoke(subject, well_formed(id))
             number = 1
+    except ConnectionsBusy:  # nothing was sent
+        raise
     except StoreUnavailable:
         # Without a line the session would seem to have expired.
         emit("revoke_uncertain", subject=subject, session=id)

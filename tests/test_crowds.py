@@ -83,6 +83,14 @@ def test_connections_busy(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
     assert line["endpoint"] == "sessions.list_sessions" and line["subject"]
 
 
+def test_revoke_that_was_not_sent(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """A revoke for which no connection was left has not taken effect, and no line says that it may have."""
+    caplog.set_level(logging.INFO)
+    with crowd(app, "/sessions"):
+        assert 500 in all_at_once(lambda: Caller(app, "alice").revoke("A" * 32).status_code)
+    assert "revoke_uncertain" not in {record.getMessage() for record in caplog.records}
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_readiness_beside_a_crowd(app: Flask, path: str) -> None:
     """However many others wait for Redis, the service is ready."""
