@@ -16,7 +16,6 @@ from app.config import VERSION
 from app.errors import TOKEN_INVALID, TOKEN_MISSING, error, retry_after
 from app.metrics import counted
 from app.responses import APIResponse
-from app.store import StoreUnavailable
 
 HERE = Path(__file__).parent
 PAGE = HERE / "swagger"
@@ -42,9 +41,7 @@ def readiness() -> Response:
     """Whether this process can serve sessions: it has signing keys, and Redis takes writes."""
     if not current_app.extensions["keys"].loaded:
         return error(503, headers=retry_after(5), status="unavailable")
-    try:
-        current_app.extensions["session_store"].probe()
-    except StoreUnavailable:
+    if not current_app.extensions["session_store"].takes_writes():
         return error(503, "Redis not available", retry_after(1), status="unavailable")
     return jsonify(status="ok")
 
@@ -55,13 +52,9 @@ class AllMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         build = {"version": VERSION, "python": platform.python_version()}
         yield InfoMetricFamily("session_heartbeat_build", "What is running.", build)
-        # Before the counters are read: scrapes that arrive while the probe waits share the result.
-        try:
-            current_app.extensions["session_store"].probe()
-            up = 1
-        except StoreUnavailable:
-            up = 0
-        yield GaugeMetricFamily("redis_up", "Whether Redis takes writes from the worker that was asked.", up)
+        # Before the counters are read: waiting for Redis must not make their values old.
+        up = current_app.extensions["session_store"].takes_writes()
+        yield GaugeMetricFamily("redis_up", "Whether Redis takes writes from the worker that was asked.", int(up))
         yield from (metric_files.of_all_workers() or counted().registry).collect()
 
 

@@ -40,7 +40,7 @@ class TooManySessions(Exception):
 
 
 class SignedOut(Exception):
-    """The token is from before the instant at which its subject was signed out."""
+    """The token is not from after the second of its subject's sign-out, or does not say when it was issued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that
 
 
 class SessionStore:
-    """The sessions of all subjects. Every method raises StoreUnavailable where Redis is in trouble."""
+    """The sessions of all subjects. Every method but one raises StoreUnavailable where Redis is in trouble."""
 
     def __init__(self, config: Config, servers: Servers, observe: Observe = lambda *_: None) -> None:
         self._config = config
@@ -99,6 +99,8 @@ class SessionStore:
         args: list[str | int] = [id, prefix, *limits, issued, self._config.session_limit_policy, *fields]
         try:
             reply = self._call(OPEN, subject, [prefix + id, signed_out_key(subject)], args, durable=True)
+        except ConnectionsBusy:
+            raise
         except StoreUnavailable:
             # It may have been opened all the same: with an id that was never told it would count against the limit.
             with suppress(StoreUnavailable):
@@ -176,9 +178,9 @@ class SessionStore:
         number: int = self._call(REVOKE_ALL, subject, keys, [except_id or "", kept_ms], durable=True)
         return number
 
-    def probe(self) -> None:
-        """Find out whether Redis takes writes, with the rights that sessions need."""
-        self._runner.probe(PROBED)
+    def takes_writes(self) -> bool:
+        """Whether Redis runs scripts and takes writes to keys that begin with `session`. Raises nothing."""
+        return self._runner.takes_writes(PROBED)
 
     def _call(
         self,
@@ -189,7 +191,10 @@ class SessionStore:
         *,
         durable: bool = False,
     ) -> Any:
-        """Run a script whose first key is the subject's index. Logs and raises Unreadable where that is no index."""
+        """Run a script whose first key is the subject's index.
+
+        Logs and raises Unreadable where that, or the instant of a sign-out, is not what this service has written.
+        """
         try:
             return self._runner.call(script, [index_key(subject), *keys], args, durable=durable)
         except Unreadable as error:
@@ -206,7 +211,7 @@ class SessionStore:
         raise reply
 
     def _log_once(self, error: Unreadable, subject: str, id: str | None = None) -> None:
-        """Log that a session cannot be read, or the subject's index where `id` is None, unless it has been logged."""
+        """Log that a session, or where `id` is None the subject's index, cannot be read, unless that was logged."""
         known = {"subject": subject} if id is None else {"subject": subject, "session": id}
         hashes = {name: self._config.pseudonym(value) for name, value in known.items()}
         key = " ".join(hashes.values())

@@ -27,7 +27,7 @@ class ReplicaAcks:
     def write(self, send: Callable[[Sequence[Any]], Sequence[Any]], command: Sequence[Any]) -> list[Any]:
         """The reply to a write and whether enough replicas have it. `send` gives a reply or an error for each command.
 
-        Raises RedisError where it has not been tried.
+        Raises RedisError where there is no reply; only with a ReadOnlyError is it certain that nothing was written.
         """
         [role] = send([("ROLE",)])
         if isinstance(role, Exception):

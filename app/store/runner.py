@@ -6,7 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,8 @@ from app.store.scripts import HEARTBEAT, PROBE, Command, Script
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
 PROBE_SECONDS = 1.5  # after which no other server is asked
 
-# Told of every round trip: the script, the number of keys, and the seconds it took.
+# Told of every exchange: the script, the number of keys, and the seconds it took. It is one round trip, or a few where
+# a script is lost, a slot has moved or replicas have to acknowledge.
 Observe = Callable[[str, int, float], None]
 
 
@@ -52,9 +53,11 @@ class Runner:
         self._servers = servers
         self._outages = Outages(servers)
         self._replicas = config.redis_wait_replicas
-        # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost.
+        # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost. A
+        # heartbeat may also wait for the batch before its own.
         self._call_timeout = config.redis_timeout_seconds + 0.1
         self._connection_timeout = config.redis_timeout_seconds / 2
+        # Weak, since a failover makes new clients. So no _Server may hold its client, which comes along with each key.
         self._known: WeakKeyDictionary[redis.Redis, _Server] = WeakKeyDictionary()
 
     def heartbeat(self, key: str) -> Any:
@@ -85,21 +88,30 @@ class Runner:
         """A reply or an error for each key; those of a group are in one slot."""
         step = KEYS_PER_CALL
         calls = [keys[first : first + step] for keys in groups for first in range(0, len(keys), step)]
-        return self._run(client, script, sum(map(len, groups)), lambda: self._exchange(client, script, calls))
+        with self._bounded(script, client), self._timed(script, sum(map(len, groups))):
+            replies = self._exchange(client, script, calls)
+        return self._judged(script, client, replies)
 
-    def _run(self, client: redis.Redis, script: Script, number: int, exchange: Callable[[], list[Any]]) -> list[Any]:
-        """The replies out of an exchange over so many keys, in which conditions of the store stand for errors.
-
-        Raises StoreUnavailable where there are no replies.
-        """
-        began = time.perf_counter()
+    @contextmanager
+    def _bounded(self, script: Script, client: redis.Redis) -> Iterator[None]:
+        """Bounded in time. Raises StoreUnavailable where there is no reply."""
         try:
             with deadline(self._call_timeout):
-                replies = exchange()
+                yield
         except (RedisError, OSError) as error:
             raise self._outages.failed(script.name, client, error) from error
+
+    @contextmanager
+    def _timed(self, script: Script, number: int) -> Iterator[None]:
+        """An exchange about so many keys, which is counted."""
+        began = time.perf_counter()
+        try:
+            yield
         finally:
             self._observe(script.name, number, time.perf_counter() - began)
+
+    def _judged(self, script: Script, client: redis.Redis, replies: list[Any]) -> list[Any]:
+        """The replies, with an Unreadable or a StoreUnavailable in the place of each error of Redis."""
         failed = False
         for place, reply in enumerate(replies):
             if isinstance(reply, Exception):
@@ -118,9 +130,9 @@ class Runner:
         EVAL brings it back wherever its keys live; SCRIPT LOAD would go to all primaries and fail with the first dead
         one. Where a cluster moves the slot, a call with several keys is refused, and each of them goes alone.
         """
-        answered = _send(client, [script.evalsha(keys) for keys in calls])
+        answered = _send(client, [script.evalsha(keys) for keys in calls], script.repeatable)
         if any(isinstance(reply, NoScriptError) for reply in answered):
-            answered = _send(client, [script.eval(keys) for keys in calls])
+            answered = _send(client, [script.eval(keys) for keys in calls], script.repeatable)
         replies: list[Any] = []
         for keys, reply in zip(calls, answered):
             if isinstance(reply, AskError | TryAgainError) and len(keys) > 1:
@@ -146,7 +158,7 @@ class Runner:
         if not keys:
             return []
         client, server = self._find(script, keys[0])
-        with self._connection(server):
+        with self._bounded(script, client), self._connection(server):
             replies = self._run_over(client, script, [keys])
         for reply in replies:
             if isinstance(reply, StoreUnavailable) and not isinstance(reply, Unreadable):
@@ -158,21 +170,23 @@ class Runner:
     ) -> Any:
         """Run a script once; `durable` where replicas must have what it writes. Raises Unreadable.
 
-        Where it raises StoreUnavailable, as when replicas do not acknowledge in time, it may have taken effect.
+        Where it raises StoreUnavailable, as when replicas do not acknowledge in time, it may have taken effect; not
+        where that is a ConnectionsBusy.
         """
         client, server = self._find(script, keys[0])
-        # Not EVALSHA: only for heartbeats and reads is the shorter command worth a second try where the script is lost.
+        # Not EVALSHA: only where one script runs over many keys, or again and again, is the shorter command worth a
+        # second try where Redis has lost the script.
         command = script.eval(keys, args)
         send = functools.partial(_send, client, repeatable=script.repeatable)
-
-        def exchange() -> list[Any]:
+        acknowledged = None
+        with self._bounded(script, client), self._connection(server), self._timed(script, len(keys)):
             if durable and self._replicas:  # a cluster's redirection is an error: WAIT is about this server's replicas
-                return server.acks.write(send, command)
-            [reply] = send([command])
-            return [self._follow(reply, command) if isinstance(reply, AskError) else reply, None]
-
-        with self._connection(server):
-            reply, acknowledged = self._run(client, script, len(keys), exchange)
+                reply, acknowledged = server.acks.write(send, command)
+            else:
+                [reply] = send([command])
+                if isinstance(reply, AskError):
+                    reply = self._follow(reply, command)
+        [reply] = self._judged(script, client, [reply])
         if isinstance(reply, StoreUnavailable):
             raise reply
         if acknowledged is False:
@@ -181,29 +195,26 @@ class Runner:
             self._outages.succeeded("replicas", client)
         return reply
 
-    def probe(self, keys: Sequence[str]) -> None:
-        """Run probe.lua over one of these keys on each server, until one takes it or PROBE_SECONDS are over.
+    def takes_writes(self, keys: Sequence[str]) -> bool:
+        """Whether a server lets probe.lua write to one of these keys; asks one after the other for PROBE_SECONDS.
 
         One primary of a cluster is enough: the subjects of that one are served.
         """
-        began, asked, failures = time.monotonic(), set(), list[StoreUnavailable]()
+        end, asked = time.monotonic() + PROBE_SECONDS, set[redis.Redis]()
         for key in keys:
-            try:
+            with suppress(StoreUnavailable):
                 client, server = self._find(PROBE, key)
                 if client not in asked:
                     asked.add(client)
-                    if server.probes.submit((client, key)) == 0:
-                        return
-                    raise StoreUnavailable("what answers there is no Redis")
-            except StoreUnavailable as error:
-                failures.append(error)
-                if time.monotonic() - began > PROBE_SECONDS:
-                    break
-        raise failures[0]
+                    if server.probes.submit((client, key)) == 0:  # what is no Redis may answer anything
+                        return True
+            if time.monotonic() > end:
+                break
+        return False
 
     @contextmanager
     def _connection(self, server: _Server) -> Iterator[None]:
-        """Take one of the server's connections for calls other than single heartbeats.
+        """Take one of the server's connections for calls other than single heartbeats and probes.
 
         Raises ConnectionsBusy where none is free in time. That is no trouble of the server's, and not logged as such.
         """
@@ -215,7 +226,7 @@ class Runner:
             server.free_connections.release()
 
 
-def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool = True) -> list[Any]:
+def _send(client: redis.Redis, commands: Sequence[Command], repeatable: bool) -> list[Any]:
     """A reply or an error for each command, in one round trip.
 
     Repeated where the connection breaks, since Redis closes idle ones. A time-out is not: the next try would hang, too.

@@ -24,7 +24,7 @@ class Script:
     """A Lua file and the hash that Redis keeps it under."""
 
     def __init__(self, name: str, *, repeatable: bool = True, per_key: Callable[[list[Any]], list[Any]] = list) -> None:
-        """A script is `repeatable` where running it again after a lost reply does no harm and gives the same reply.
+        """A script is `repeatable` where running it again after a lost reply does no harm, and its reply is as good.
 
         `per_key` makes one reply for each key out of the reply of a script that takes any number of them.
         """
