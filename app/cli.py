@@ -89,7 +89,7 @@ def sessions() -> None:
 
 @sessions.command("list")
 @click.argument("subject", callback=_subject)
-@click.option("--json", "as_json", is_flag=True, help="Print them as GET /sessions does.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of them, each as in GET /sessions.")
 def list_sessions(subject: str, as_json: bool) -> None:
     """Print SUBJECT's live sessions, the most recently active first; exit code 1 where there is none."""
     found = SessionSchema(many=True).dump(store().list(subject))
@@ -146,12 +146,14 @@ def pseudonym(value: str) -> None:
     _stop_at_problems("LOG_KEY")
     if not (config.log_key or config.jwt_secret or config.redis_url):
         raise click.ClickException("LOG_KEY or JWT_SECRET must be set, as the service has it")
-    click.echo(events.pseudonym(value))
+    if not (config.log_key or config.jwt_secret):
+        _stop_at_problems()  # a secret that was refused, if any, would be the key, and not the URL of Redis
+    click.echo(config.pseudonym(value))
 
 
 @bp.cli.command("doctor")
 def doctor_() -> None:
-    """Check all that has to be right before going live: a line each; exit code 1 where something is not."""
+    """Check all that has to be right before going live: a line each; exit code 1 where there is a failure."""
     failed = False
     refused = [doctor.Finding("failure", problem) for problem in current_app.extensions.get("problems", [])]
     for finding in refused or doctor.examine(current_app):

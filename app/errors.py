@@ -111,7 +111,7 @@ def insufficient_scope(e: InsufficientScope) -> Response:
     return error(403, headers={"WWW-Authenticate": f'{BEARER}, error="insufficient_scope"{needed}'})
 
 
-def refused(reason: str, **found: str) -> None:
+def refused(reason: str, **found: Any) -> None:
     counted().token_refused(reason)
     emit("token_refused", reason=reason, endpoint=request.endpoint, address=peer_address(), **found)
 

@@ -13,6 +13,8 @@ from typing import TextIO
 from flask import Response, after_this_request, current_app, g, has_request_context, request
 from pythonjsonlogger.json import JsonFormatter
 
+from app.config import Config
+
 log = logging.getLogger("sessions")
 
 # A caller can cause as many of these as it sends requests, and none of them changes a session.
@@ -64,19 +66,21 @@ def allowed(event: str, reason: str = "") -> bool:
     return current_app.extensions["line_limiter"].allow(event, reason)  # type: ignore[no-any-return]
 
 
-def emit(event: str, *, subject: str | None = None, session: str | None = None, **fields: object) -> None:
+def emit(
+    event: str, *, subject: str | None = None, session: str | None = None, limited: bool = False, **fields: object
+) -> None:
     """Log an event and its subject, by default the request's, and the actor where that is another.
 
     Subjects and session ids appear only as keyed hashes.
     The request's id goes into the line and, as `X-Request-Id`, into the answer. A line that is dropped sets no header.
-    Commands have no request id.
+    Commands have no request id. Where it is `limited`, as those in LIMITED are, a line may be dropped.
     """
-    changes_nothing = event in LIMITED or fields == {"number": 0}
-    if changes_nothing and not allowed(event, str(fields.get("reason", ""))):
+    if (limited or event in LIMITED) and not allowed(event, str(fields.get("reason", ""))):
         return
     caller = g.get("caller")
     known = {"actor": caller and caller.actor, "subject": subject or (caller and caller.subject), "session": session}
-    hashes = {name: pseudonym(value) for name, value in known.items() if value}
+    config: Config = current_app.extensions["config"]
+    hashes = {name: config.pseudonym(value) for name, value in known.items() if value}
     ours = {"request_id": request_id()} if has_request_context() else {}
     log.info(event, extra={**ours, **hashes, **fields})
 
@@ -97,11 +101,6 @@ def logged_to(stream: TextIO) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-
-
-def pseudonym(value: str) -> str:
-    """What stands for a subject or a session id in the logs."""
-    return current_app.extensions["config"].pseudonym(value)  # type: ignore[no-any-return]
 
 
 def peer_address() -> str | None:

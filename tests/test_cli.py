@@ -57,6 +57,19 @@ def test_nobody(app: Flask, words: list[str], subject: str) -> None:
     assert (result.exit_code, result.output) == (1, "Error: a subject has 1 to 256 characters of UTF-8\n")
 
 
+@pytest.mark.parametrize(
+    "environ, problem",
+    [
+        ({"JWT_SECRET": "short"}, "JWT_SECRET: every secret must have"),
+        ({}, "JWT_SECRET, JWT_PUBLIC_KEY, JWT_JWKS_URL:"),
+    ],
+)
+def test_pseudonym_without_its_key(environ: dict[str, str], problem: str) -> None:
+    """Where a secret was refused or forgotten nothing is made of the URL of Redis instead: it would stand in no log."""
+    code, output, error = commands_in({"REDIS_URL": "redis://host", **environ}, "pseudonym", "alice")
+    assert (code, output) == (1, "") and problem in error
+
+
 def test_pseudonym_with_a_refused_key(app: Flask) -> None:
     """With a LOG_KEY that no service takes nothing is printed that would stand in no log."""
     code, output, error = commands_in({"JWT_SECRET": SECRET, "LOG_KEY": "short"}, "pseudonym", "alice")
