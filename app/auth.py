@@ -29,7 +29,7 @@ REMEMBERED_BYTES = 16_000_000
 # The most that an entry takes besides the characters of token and subject: 610 bytes were measured, and up to 1,000
 # where entries change often.
 ENTRY_BYTES = 1_100
-# What PyJWT finds wrong, in the contract's words; everything else is malformed.
+# What PyJWT finds wrong, in the words of the log and the metrics; everything else is malformed.
 REASONS: dict[type[Exception], str] = {
     jwt.ExpiredSignatureError: "expired",
     jwt.ImmatureSignatureError: "not_yet_valid",
@@ -52,8 +52,8 @@ class TokenMissing(Exception):
 class TokenInvalid(Exception):
     """The token is refused.
 
-    `reason` is the contract's word for why (§2), `key_id` what can be printed of its header's `kid`: 64 characters at
-    the most, chosen by the caller.
+    `reason` is the log's and the metrics' word for why, `key_id` what can be printed of its header's `kid`: 64
+    characters at the most, chosen by the caller.
     """
 
     def __init__(self, reason: str, key_id: str = "") -> None:
@@ -70,7 +70,7 @@ class Caller(NamedTuple):
     """What a token says of its bearer; in a call for another `subject`, the token's own is the `actor`.
 
     `expires_at`, with the leeway, and `issued_at` are in whole seconds since the epoch. The latter is 0 where the token
-    does not say, and None where an `actor` acts.
+    does not say, so that every sign-out refuses it, and None where an `actor` acts.
     """
 
     token: str
@@ -95,7 +95,7 @@ class TokenVerifier:
             leeway=config.jwt_leeway_seconds,
             options={
                 "require": ["exp", config.jwt_subject_claim],
-                "verify_sub": False,  # PyJWT refuses integers; the contract takes them
+                "verify_sub": False,  # PyJWT refuses integers, which some issuers send
                 "verify_aud": bool(config.jwt_audience),
                 "enforce_minimum_key_length": True,
             },
@@ -108,14 +108,15 @@ class TokenVerifier:
         )
         # When the keys change so does their generation, and no older entry is found any more.
         remember = cached(remembered, key=lambda token: (keys.generation, token), lock=threading.Lock())
-        self._verify_once: Callable[[str], Caller] = remember(self._verify)
+        self._remembered: Callable[[str], Caller] = remember(self._verify)
 
     def verify(self, token: str) -> Caller:
         """The caller who sends a token.
 
         Raises TokenInvalid where it is to be refused, KeysUnavailable where there is no key to check it with.
         """
-        caller = self._verify_once(token)
+        caller = self._remembered(token)
+        # One that has expired since is verified anew, for the error to raise.
         return caller if time.time() < caller.expires_at else self._verify(token)
 
     def _verify(self, token: str) -> Caller:
@@ -177,8 +178,9 @@ def bearer_token(environ: Mapping[str, Any]) -> str:
 def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
     """Let a view run only with a valid token; `g.caller` then says who calls, and for which subject.
 
-    Raises what `bearer_token` and `TokenVerifier.verify` raise, InsufficientScope where the query names a subject that
-    the caller may not act for, and BadRequest where it names none that there can be.
+    Raises what `bearer_token` and `TokenVerifier.verify` raise, InsufficientScope where the query names a subject, be
+    it the caller's own, and the token may not act for others, and BadRequest where it names several or an impossible
+    one.
     """
 
     @functools.wraps(view)
@@ -186,18 +188,20 @@ def requires_token(view: Callable[..., Any]) -> Callable[..., Any]:
         environ = request.environ
         g.caller = current_app.extensions["token_verifier"].verify(bearer_token(environ))
         if environ.get("QUERY_STRING"):
-            _act_for_subject(g.caller, request.query_string)
+            _act_for_subject(request.query_string)
         return view(**kwargs)
 
     return guarded
 
 
-def _act_for_subject(caller: Caller, query: bytes) -> None:
+def _act_for_subject(query: bytes) -> None:
     # Werkzeug would make "%FF" of what is no UTF-8.
     fields = parse_qs(query.decode(errors="surrogateescape"), keep_blank_values=True, errors="surrogateescape")
     if not (named := fields.get("subject")):
         return
     valid = len(named) == 1 and SUBJECT.fullmatch(named[0])
+    caller: Caller = g.caller
+    # Before it is checked: the log's line about a refusal names the actor and the subject.
     g.caller = caller._replace(subject=named[0] if valid else "", issued_at=None, actor=caller.subject)
     if not caller.may_act:
         raise InsufficientScope

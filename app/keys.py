@@ -55,9 +55,9 @@ class JwksKeys:
     """A JWK Set (RFC 7517 §5) behind a URL, fetched by a thread of its own so that no request does.
 
     The last good keys stay while the issuer is down. A token with an unknown key id asks for a fetch and waits for it
-    UNKNOWN_KEY_WAIT seconds at most; in the COOLDOWN seconds after a fetch it does not wait, and is looked up at their
-    end. Where the set has a key without an id every token is tried with that, so no id is unknown, and a new key is
-    found only by the refresh every REFRESH_EVERY seconds.
+    UNKNOWN_KEY_WAIT seconds at most. In the COOLDOWN seconds after a fetch such a token is refused at once, and the
+    next fetch comes at their end. Where the set has a key without an id every token is tried with that, so no id is
+    unknown, and a new key is found only by the refresh every REFRESH_EVERY seconds.
 
     `loaded` says whether there are keys: once there are some they stay. `error` says what was wrong with the last
     fetch, if anything. `generation` grows when the keys change, so that what was verified before can be forgotten.
@@ -68,23 +68,23 @@ class JwksKeys:
     RETRY_EVERY = 5.0  # while there are no keys at all
     UNKNOWN_KEY_WAIT = 1.0
 
-    def __init__(self, source: "JwksSource", report: Callable[[float | None], None]) -> None:
-        """`report` is told when a fetch has succeeded, in seconds since the epoch, or None where it has failed."""
+    def __init__(self, source: "JwksSource", report: Callable[[bool], None]) -> None:
+        """`report` is told of each fetch whether it has succeeded."""
         self.generation, self.loaded, self.error = 0, False, f"{source.address}: no answer yet"
         self._source, self._report = source, report
         self._keys: list[VerificationKey] = []
         self._by_id: dict[str | None, list[VerificationKey]] = {}
-        self._asked, self._answered = threading.Event(), threading.Event()
+        self._fetch_wanted, self._just_fetched = threading.Event(), threading.Event()
         threading.Thread(target=self._refresh_for_ever, name="jwks", daemon=True).start()
         # The first answers should not be 503 only because the key set is a moment away.
-        self._answered.wait(self.UNKNOWN_KEY_WAIT)
+        self._just_fetched.wait(self.UNKNOWN_KEY_WAIT)
 
     def candidates(self, algorithm: str, key_id: str | None) -> Sequence[Key]:
         """The keys to try for a token, MOST_TRIED at most. Raises KeysUnavailable where none could ever be loaded."""
         named = self._named(key_id)
         if not named:
-            self._asked.set()
-            self._answered.wait(self.UNKNOWN_KEY_WAIT)
+            self._fetch_wanted.set()
+            self._just_fetched.wait(self.UNKNOWN_KEY_WAIT)
             named = self._named(key_id)
         if not self.loaded:
             raise KeysUnavailable
@@ -96,13 +96,13 @@ class JwksKeys:
 
     def _refresh_for_ever(self) -> None:
         while True:
-            self._asked.clear()
+            self._fetch_wanted.clear()
             self._refresh()
-            self._answered.set()
+            self._just_fetched.set()
             time.sleep(self.COOLDOWN if self.loaded else self.RETRY_EVERY)
-            self._answered.clear()
+            self._just_fetched.clear()
             if self.loaded:
-                self._asked.wait(self.REFRESH_EVERY - self.COOLDOWN)
+                self._fetch_wanted.wait(self.REFRESH_EVERY - self.COOLDOWN)
 
     def _refresh(self) -> None:
         # Whatever an issuer sends instead of a key set, the keys that are there stay in use.
@@ -114,11 +114,11 @@ class JwksKeys:
             reason = f"{self._source.address}: {type(error).__name__}: {error}"
             self.error = "".join(filter(str.isprintable, reason))[:300]  # an issuer's words steer no terminal
             log.warning("key_set_not_refreshed", extra={"reason": self.error})
-            self._report(None)
+            self._report(False)
         else:
             self._use(keys)
             self.error = ""
-            self._report(time.time())
+            self._report(True)
 
     def _use(self, keys: list[VerificationKey]) -> None:
         if keys == self._keys:
@@ -198,13 +198,11 @@ def _verification_keys(fetched: Any) -> Iterator[VerificationKey]:
 Keys = FixedKeys | JwksKeys
 
 
-def load_keys(config: Config, report: Callable[[float | None], None]) -> Keys:
+def load_keys(config: Config, report: Callable[[bool], None]) -> Keys:
     """The keys that a configuration names; starts the background refresh of a key set, which reports to `report`."""
     if url := config.jwt_jwks_url:
         if config.jwt_jwks_http and url.startswith("http:"):
             log.warning("key_set_not_encrypted")
         return JwksKeys(JwksSource(url, config.jwt_jwks_ca_certs), report)
-    keys: list[Any] = [secret.encode() for secret in config.jwt_secret]
-    if config.jwt_public_key:
-        keys = [config.jwt_public_key]
-    return FixedKeys(keys)
+    public: Any = config.jwt_public_key
+    return FixedKeys([public] if public else [secret.encode() for secret in config.jwt_secret])

@@ -109,12 +109,12 @@ class Metrics:
     def token_refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
 
-    def key_set_fetched(self, at: float | None) -> None:
-        """Remember when the key set was fetched, in seconds since the epoch, or count that it could not be: None."""
-        if at is None:
-            self._keys_failed.inc()
+    def key_set_fetched(self, succeeded: bool) -> None:
+        """Note when the key set was fetched, or count that it could not be."""
+        if succeeded:
+            self._keys_fetched.set_to_current_time()
         else:
-            self._keys_fetched.set(at)
+            self._keys_failed.inc()
 
     def round_trip(self, script: str, size: int, seconds: float) -> None:
         """Count a round trip to Redis with `size` calls of a script."""

@@ -26,6 +26,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="metrics"'}
+
 bp = Blueprint("operations", __name__)
 metrics_bp = Blueprint("metrics", __name__)
 
@@ -61,12 +63,13 @@ class AllMetrics(Collector):
 @metrics_bp.get("/metrics")
 def metrics() -> Response:
     """Metrics for Prometheus."""
-    expected, given = current_app.extensions["config"].metrics_token, request.authorization
     # This token is none of an issuer's, and so not counted with those where it is refused.
-    bearer = given.token or "" if given and given.type == "bearer" else None
-    if expected and not (bearer and compare_digest(bearer.encode(), expected.encode())):
-        sentence = TOKEN_MISSING if bearer is None else TOKEN_INVALID
-        return error(401, sentence, {"WWW-Authenticate": 'Bearer realm="metrics"'})
+    if expected := current_app.extensions["config"].metrics_token:
+        given = request.authorization
+        if given is None or given.type != "bearer":
+            return error(401, TOKEN_MISSING, CHALLENGE)
+        if not compare_digest((given.token or "").encode(), expected.encode()):
+            return error(401, TOKEN_INVALID, CHALLENGE)
     text = current_app.extensions["scrapes"].submit(lambda: generate_latest(AllMetrics()))
     return APIResponse(text, content_type=CONTENT_TYPE_LATEST)
 

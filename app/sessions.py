@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, url_for
 from werkzeug.routing import BaseConverter
 
-from app.auth import requires_token
+from app.auth import Caller, requires_token
 from app.bodies import drain_body, load_body
 from app.deadline import giving_way
 from app.events import emit, peer_address
@@ -23,17 +23,17 @@ WELL_FORMED = re.compile(SESSION_ID)
 
 
 class SessionIdConverter(BaseConverter):
-    """Matches a segment of a path that is not the name of another endpoint; `well_formed` says if it can be an id."""
+    """Matches a segment of a path that is not the name of another endpoint, so GET /sessions/heartbeat is a 405."""
 
     regex = r"(?!(?:heartbeat|revoke-all)\Z)[^/]+"
-    part_isolating = True
+    part_isolating = True  # Werkzeug takes the slash in the pattern for one that it matches
 
 
 def store() -> SessionStore:
     return current_app.extensions["session_store"]  # type: ignore[no-any-return]
 
 
-def well_formed(id: str) -> str:
+def possible_id(id: str) -> str:
     """The id. Raises SessionNotFound for one that was never issued, so that Redis is not asked."""
     if not WELL_FORMED.fullmatch(id):
         raise SessionNotFound
@@ -53,7 +53,7 @@ def end_sessions(
         if id is None:
             number = store().revoke_all(subject, except_id=except_id, refuse_earlier_tokens=refuse_earlier_tokens)
         else:
-            store().revoke(subject, well_formed(id))
+            store().revoke(subject, possible_id(id))
             number = 1
     except ConnectionsBusy:  # nothing was sent
         raise
@@ -64,7 +64,8 @@ def end_sessions(
     counted().revoked(number)
     if id is None:
         kept_out: dict[str, Any] = {"refuse_earlier_tokens": True} if refuse_earlier_tokens else {}
-        emit("sessions_revoked", subject=subject, number=number, **kept_out)
+        changes_nothing = not (number or refuse_earlier_tokens)  # and so can be repeated at will
+        emit("sessions_revoked", subject=subject, limited=changes_nothing, number=number, **kept_out)
     else:
         emit("session_revoked", subject=subject, session=id)
     return number
@@ -92,7 +93,8 @@ def heartbeat(id: str) -> Response:
     A body is ignored.
     """
     drain_body()
-    renewal = store().heartbeat(g.caller.subject, well_formed(id))
+    # Counted by its status, in Metrics.count_requests.
+    renewal = store().heartbeat(g.caller.subject, possible_id(id))
     return HeartbeatResponse(renewal.expires_at_ms, renewal.expires_in)
 
 
@@ -134,7 +136,8 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
     timeout. The address is the one that the request comes from, unless another than the subject sends it.
     """
     options = load_body(OpenSchema(current_app.extensions["config"].session_idle_max_seconds))
-    caller, address = g.caller, None if g.caller.actor else peer_address()
+    caller: Caller = g.caller
+    address = None if caller.actor else peer_address()  # a backend's address says nothing of the subject's device
     session = store().open(caller.subject, issued_at=caller.issued_at, ip_address=address, **options)
     counted().opened()
     emit("session_opened", session=session.id)
@@ -142,15 +145,14 @@ def open_session() -> tuple[dict[str, Any], int, dict[str, str]]:
         counted().replaced()
         emit("session_replaced", session=session.replaced_id)
     body = {"success": True, "message": "Session opened successfully", "session": SessionSchema().dump(session)}
-    seconds = (session.expires_at_ms - session.last_activity_ms) // 1000
     location = url_for("sessions.get_session", id=session.id)
-    return body, 201, {"Location": location, "Session-Expires-In": str(seconds)}
+    return body, 201, {"Location": location, "Session-Expires-In": str(session.expires_in)}
 
 
 @endpoint("GET", "/<session_id:id>", failed="Failed to retrieve session")
 def get_session(id: str) -> dict[str, Any]:
     """Read a session without extending it."""
-    return {"success": True, "session": SessionSchema().dump(store().get(g.caller.subject, well_formed(id)))}
+    return {"success": True, "session": SessionSchema().dump(store().get(g.caller.subject, possible_id(id)))}
 
 
 @endpoint("POST", "/<session_id:id>/revoke", failed="Failed to revoke session")

@@ -149,7 +149,7 @@ def timed(app: Flask, token: str) -> tuple[int, float]:
 def cooled_down(monkeypatch: pytest.MonkeyPatch) -> Callable[[Flask], None]:
     """Waits for the end of the cool-down that an app's first fetch has begun, which is a short one."""
     monkeypatch.setattr(JwksKeys, "COOLDOWN", 0.05)
-    return lambda app: until(lambda: not app.extensions["keys"]._answered.is_set())
+    return lambda app: until(lambda: not app.extensions["keys"]._just_fetched.is_set())
 
 
 @pytest.fixture

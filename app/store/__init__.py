@@ -60,6 +60,11 @@ class Session:
     location: str | None = None
     replaced_id: str | None = None
 
+    @property
+    def expires_in(self) -> int:
+        """Whole seconds from the last activity to the expiry, rounded down so that no heartbeat comes too late."""
+        return (self.expires_at_ms - self.last_activity_ms) // 1000
+
 
 PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one
 
@@ -89,14 +94,24 @@ class SessionStore:
         Raises TooManySessions at the limit, and SignedOut where the token is not from after the subject's sign-out.
         """
         id = secrets.token_urlsafe(24)
-        idle_ms = (idle_timeout or self._config.session_idle_seconds) * 1000
-        absolute_ms = self._config.session_absolute_seconds * 1000
-        known = {"login": login_method, "device": device_name, "ip": ip_address, "location": location}
-        fields = [part for name, value in known.items() if value is not None for part in (name, value)]
         prefix = session_key(subject, "")
-        issued = "" if issued_at is None else issued_at
-        limits = [self._config.session_limit, idle_ms, absolute_ms]
-        args: list[str | int] = [id, prefix, *limits, issued, self._config.session_limit_policy, *fields]
+        args: list[str | int] = [  # in the order of open.lua's ARGV
+            id,
+            prefix,
+            self._config.session_limit,
+            (idle_timeout or self._config.session_idle_seconds) * 1000,
+            self._config.session_absolute_seconds * 1000,
+            "" if issued_at is None else issued_at,
+            self._config.session_limit_policy,
+        ]
+        for name, value in (
+            ("login", login_method),
+            ("device", device_name),
+            ("ip", ip_address),
+            ("location", location),
+        ):
+            if value is not None:
+                args += (name, value)
         try:
             reply = self._call(OPEN, subject, [prefix + id, signed_out_key(subject)], args, durable=True)
         except ConnectionsBusy:

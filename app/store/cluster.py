@@ -12,13 +12,13 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import AskError, RedisClusterException
 
 from app.config import addresses_of, credentials_of
-from app.store.server import read_reply
+from app.store.server import ping
 
 log = logging.getLogger(__name__)
 
 
 class Cluster:
-    """The servers of a cluster. It is reached at once or, where no node answers, after the first call that needs it."""
+    """The servers of a cluster. It is asked at the start and, where no node answers, after each call that needs it."""
 
     REFRESH_EVERY = 0.2  # seconds between two refreshes at the least
 
@@ -28,7 +28,7 @@ class Cluster:
         self._options = {
             **options,
             **credentials_of(url),
-            "redis_connect_func": read_reply,  # redis-py has one of its own, which calls this at its end
+            "redis_connect_func": ping,  # redis-py has one of its own, which calls this at its end
             # Only with a URL does redis-py take a pool of another kind: one with a queue.
             "url": f"redis://{first}",
             "connection_pool_class": redis.BlockingConnectionPool,
@@ -39,9 +39,9 @@ class Cluster:
         }
         self._addresses = addresses_of(url)
         self._cluster: RedisCluster | None = None
-        self._newcomers: dict[tuple[str, int], ClusterNode] = {}  # nodes without slots, to which keys have moved
+        self._nodes_without_slots: dict[tuple[str, int], ClusterNode] = {}  # to which keys have moved
         self._last_error = ""
-        self._trouble = threading.Event()
+        self._refresh_wanted = threading.Event()
         self._refresh()
         # In the background: asking a dead node costs a timeout, for which no caller should wait.
         threading.Thread(target=self._watch, name="slots", daemon=True).start()
@@ -64,29 +64,33 @@ class Cluster:
 
         redis-py's own client follows ASK only to nodes that have slots, and so not to one that is getting its first.
         """
-        self._trouble.set()
+        self._refresh_wanted.set()
         cluster = self._cluster_or_raise()
         address = redirection.host, redirection.port
-        node = cluster.get_node(*address) or self._newcomers.setdefault(address, ClusterNode(*address))
+        node = cluster.get_node(*address) or self._nodes_without_slots.setdefault(address, ClusterNode(*address))
         pipeline = cluster.get_redis_connection(node).pipeline(transaction=False)
         pipeline.execute_command("ASKING")
         pipeline.execute_command(*command)
         return pipeline.execute()[-1]
 
     def failed(self, error: Exception) -> None:
-        """Take notice of trouble with a server: another one may have taken its place."""
-        self._trouble.set()
+        """Note trouble with a server: another one may have taken its place."""
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find out where the slots are, in the background."""
+        self._refresh_wanted.set()
 
     def _cluster_or_raise(self) -> RedisCluster:
         if self._cluster is None:
-            self._trouble.set()
+            self._refresh_wanted.set()
             raise redis.ConnectionError(f"no node of the cluster has answered yet: {self._last_error}")
         return self._cluster
 
     def _watch(self) -> None:
         while True:
-            self._trouble.wait()
-            self._trouble.clear()
+            self._refresh_wanted.wait()
+            self._refresh_wanted.clear()
             self._refresh()
             time.sleep(self.REFRESH_EVERY)
 

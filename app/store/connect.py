@@ -34,7 +34,7 @@ def connect(config: Config) -> Servers:
     options: dict[str, Any] = {
         "socket_timeout": config.redis_timeout_seconds,
         "socket_connect_timeout": config.redis_timeout_seconds,
-        "retry": Retry(NoBackoff(), 0, supported_errors=(redis.ConnectionError,)),
+        "retry": Retry(NoBackoff(), 0),
         # RESP3 would come with maintenance notifications, which switch off the check for stale connections.
         "protocol": 2,
         "driver_info": None,  # spares each new connection the two round trips of CLIENT SETINFO

@@ -48,8 +48,7 @@ def expiries(servers: Servers, subject: str | None = None) -> Iterator[Expiry | 
                 watching, missed = True, False
                 while set(servers.clients()) == set(clients):
                     yield from _notifications(subscriptions)
-                    # A cluster's slots can move without trouble here: this has it look where they are.
-                    servers.failed(redis.ConnectionError())
+                    servers.look_again()  # a cluster's slots can move without trouble here
                 raise redis.ConnectionError("other servers are primaries now")
         except (RedisError, OSError) as error:
             if isinstance(error, ResponseError) or not watching:

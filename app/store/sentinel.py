@@ -14,7 +14,7 @@ from app.store.server import OnePrimary
 
 
 class BehindSentinel(OnePrimary):
-    """The server that the sentinels name. They are asked at once, then in the background: no caller waits for them.
+    """The server that the sentinels name. They are asked at the start, then by a thread: no call waits for them.
 
     redis-py's pool would ask them for each new connection, and leave the old ones where they are for ten seconds after
     a planned failover.
@@ -55,7 +55,10 @@ class BehindSentinel(OnePrimary):
             try:
                 state: Any = sentinel.sentinel_master(self._service)
                 if state["is_master"] and not (state["is_sdown"] or state["is_odown"]):
-                    self._go_to((state["ip"], state["port"]))
+                    address = state["ip"], state["port"]
+                    # Another address is another client: what waits for the old server is not taken along.
+                    if address != self._address:
+                        self._address, self._primary = address, _client_at(address, self._options)
                     self._sentinels.remove(sentinel)
                     self._sentinels.insert(0, sentinel)
                     return
@@ -63,11 +66,6 @@ class BehindSentinel(OnePrimary):
             except Exception as error:  # whatever it is, another sentinel may know better
                 said.append(str(error))
         self._last_error = "; ".join(dict.fromkeys(said))
-
-    def _go_to(self, address: tuple[str, int]) -> None:
-        # Another address is another client: what waits for the old server, or is known of it, is not taken along.
-        if address != self._address:
-            self._address, self._primary = address, _client_at(address, self._options)
 
 
 def _client_at(address: tuple[str, int], options: dict[str, Any]) -> redis.Redis:

@@ -1,4 +1,4 @@
-"""One server: the first commands on a connection to it, its address, and what it is to have all keys on it."""
+"""One server: the first commands on a connection to it, its address, and servers that hold all keys."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,16 +10,16 @@ from redis.exceptions import AskError, NoPermissionError, ReadOnlyError
 
 
 def set_up(connection: AbstractConnection) -> None:
-    """Log in and choose the database, as redis-py does by itself, and read a reply."""
+    """Log in and choose the database, as redis-py does by itself, and `ping`."""
     connection.on_connect()
-    read_reply(connection)
+    ping(connection)
 
 
-def read_reply(connection: AbstractConnection) -> None:
-    """Read the reply to a first command, for which no right is needed, unless that to AUTH has been read.
+def ping(connection: AbstractConnection) -> None:
+    """Send PING and read what comes, so that a refusal of the connection is raised in the server's own words.
 
-    A server that takes no more clients, or none from here, says so instead. Unread it would become redis-py's
-    "Connection not ready", and so would TLS session tickets.
+    Such are too many clients, or none from here. Unread it would become redis-py's "Connection not ready", and so would
+    TLS session tickets. With a password the reply to AUTH has been read. A user may lack the right to PING.
     """
     if not connection.password:
         connection.send_command("PING")
@@ -34,7 +34,7 @@ def address_of(client: redis.Redis) -> str:
 
 
 class OnePrimary:
-    """One server at a fixed address: all keys are there."""
+    """One server that has all keys; here always at the same address."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
@@ -52,9 +52,12 @@ class OnePrimary:
         raise redirection
 
     def failed(self, error: Exception) -> None:
-        """Take notice of trouble with a server."""
+        """Note trouble with a server."""
         if isinstance(error, ReadOnlyError):
             # The primary has moved to another host under the same name; only a new connection finds it. Connections
             # in use are left alone: their users meet the same error and close them.
             for client in self.clients():
                 client.connection_pool.disconnect(inuse_connections=False)
+
+    def look_again(self) -> None:
+        """Only a cluster's keys move without trouble."""
