@@ -40,6 +40,8 @@ def read_body() -> bytes:
 
     Raises RequestEntityTooLarge, RequestTimeout, or BadRequest where it breaks off.
     """
+    # Werkzeug cuts a chunked body off here: one byte more than we take tells that there was more.
+    request.max_content_length = LARGEST_BODY + 1
     try:
         with deadline(BODY_TIMEOUT):
             body = request.get_data(cache=False)
@@ -53,7 +55,6 @@ def read_body() -> bytes:
     # Servers that end the input themselves make a body that broke off look complete.
     if len(body) < (request.content_length or 0):
         raise BadRequest
-    # Werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH, which is one byte more than we take.
     if len(body) > LARGEST_BODY:
         raise RequestEntityTooLarge
     return body

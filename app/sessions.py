@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, url_for
-from werkzeug.routing import BaseConverter
 
 from app.auth import Caller, requires_token
 from app.bodies import drain_body, load_body
@@ -20,13 +19,6 @@ ENDED = "Session not found or expired"  # at this a device opens a new session
 
 bp = Blueprint("sessions", __name__, url_prefix="/sessions")
 WELL_FORMED = re.compile(SESSION_ID)
-
-
-class SessionIdConverter(BaseConverter):
-    """Matches a segment of a path that is not the name of another endpoint, so GET /sessions/heartbeat is a 405."""
-
-    regex = r"(?!(?:heartbeat|revoke-all)\Z)[^/]+"
-    part_isolating = True  # Werkzeug takes the slash in the pattern for one that it matches
 
 
 def store() -> SessionStore:
