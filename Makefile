@@ -1,4 +1,4 @@
-# make run       the service on localhost:8000, on an in-process store unless REDIS_URL and JWT_* say otherwise
+# make run       the service on localhost:8000; in-process without REDIS_URL, with a secret of its own without JWT_*
 # make token     a token for that service, as in: make token SUBJECT=bob
 # make test      style, types and the whole suite
 # make quick     the tests on the in-process store and those of the service under gunicorn, in half a minute

@@ -12,7 +12,7 @@ import tempfile
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name
 PREFIX = "session-heartbeat-metrics-"
-ROOM = 5 << 18  # bytes for each worker; app/metric_files.py takes nine tenths of them
+ROOM = 1_310_720  # bytes for each worker; app/metric_files.py takes nine tenths of them
 
 
 def make_folder(parents, workers):

@@ -180,11 +180,14 @@ def setting(parse: Field[Any] | Callable[[str], Any], default: Any = None, *, se
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one environment says. Each field is the variable of the same name in capitals."""
+    """What one environment says. Each field is the variable of the same name in capitals.
+
+    But for `redis_url`: that is REDIS_TLS_URL where it is set.
+    """
 
     redis_url: str = setting(parse_redis_url, "", secret=True)
     redis_tls_url: str | None = setting(parse_redis_url, secret=True)
-    # At most 0.5: a round trip is given 0.1 seconds more, a list takes three, and the contract allows 2 seconds.
+    # At most 0.5: a round trip is given 0.1 seconds more, a list takes three, and no answer may take 2 seconds.
     redis_timeout_seconds: float = setting(Float(validate=Range(0.05, 0.5)), 0.5)
     redis_ca_certs: str | None = setting(parse_ca_certs, secret=True)
     redis_tls_verify: bool = setting(on_off(), True)
@@ -209,7 +212,8 @@ class Config:
     cors_origins: tuple[str, ...] = setting(parse_origins, ())
     metrics_token: str | None = setting(METRICS_TOKEN, secret=True)
     log_key: str | None = setting(Length(16), secret=True)
-    # These two are gunicorn's own; here so that a bad one is listed with the rest.
+    # gunicorn.conf.py reads these two itself. Here a bad one is listed with the rest, and the number of workers is
+    # checked against Redis.
     port: int = setting(Integer(validate=Range(1, 65535)), 8000)
     web_concurrency: int = setting(Integer(validate=Range(1, 1024)), os.cpu_count() or 1)
 
@@ -219,9 +223,8 @@ class Config:
 
         Raises ConfigError naming every problem at once: the variable, its value and the rule.
         """
-        settings = dataclasses.fields(cls)
-        schema = Schema.from_dict({each.name.upper(): each.metadata["loaded"] for each in settings})
-        secrets = {each.name.upper() for each in settings if each.metadata["secret"]}
+        settings = {each.name.upper(): each.metadata for each in dataclasses.fields(cls)}
+        schema = Schema.from_dict({name: each["loaded"] for name, each in settings.items()})
         given = {name: text.strip() for name, text in environ.items() if text.strip()}
         problems: list[str] = []
         try:
@@ -229,7 +232,8 @@ class Config:
         except ValidationError as refusal:
             loaded = refusal.valid_data
             for name, [rule] in refusal.messages_dict.items():
-                problems.append(f"{name}: {rule}" if name in secrets else f"{name}={given[name]!r}: {rule}")
+                problems.append(f"{name}: {rule}" if settings[name]["secret"] else f"{name}={given[name]!r}: {rule}")
+        # A PaaS may set both; the one over TLS is taken.
         loaded["REDIS_URL"] = loaded.get("REDIS_TLS_URL") or loaded.get("REDIS_URL", "")
         config = cls(**{name.lower(): value for name, value in loaded.items()})
         problems += config._conflicts(given.keys())
@@ -273,13 +277,13 @@ class Config:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The allow-list, of one family: what is configured, or else all that the key can verify."""
+        """The allow-list: what is configured, or else all that the key can verify; never HMAC beside public keys."""
         return self.jwt_algorithms or self._possible_algorithms()
 
     def pseudonym(self, value: str) -> str:
         """What stands for a subject or a session id in the logs: 64 bits of HMAC-SHA256 (RFC 2104), in hex.
 
-        Only without a secret does the key come from the URL of Redis, whose credentials a host may change now and then.
+        The key is LOG_KEY, or else all of JWT_SECRET, or without one the URL of Redis: when that changes so do these.
         """
         key = self.log_key or " ".join(["log", *(self.jwt_secret or [self.redis_url])])
         return hmac.digest(key.encode(), value.encode(), "sha256").hex()[:16]

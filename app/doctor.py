@@ -20,7 +20,7 @@ UNSET = {
     "jwt_audience": "JWT_AUDIENCE is not set: tokens that were issued for other services are taken, too",
     "trusted_proxies": "TRUSTED_PROXIES is 0: behind a proxy every session would have the proxy's address",
 }
-# What is behind the errors of a first attempt: a part of the error's text, and what to do. The first that fits is told.
+# Causes of common errors of a first attempt: a pattern of the error's text, and what to do. The first match is told.
 # What servers say comes before time-outs: of several sentinels one may say what is wrong and another nothing.
 HINTS = {
     "self[- ]signed|unable to get (local )?issuer": "set REDIS_CA_CERTS to its authority, or REDIS_TLS_VERIFY=off",
@@ -75,7 +75,7 @@ def examine(app: Flask) -> Iterator[Finding]:
 
 
 def examine_redis(app: Flask) -> Iterator[Finding]:
-    """Ask every primary whether it is there and whether it would lose sessions, within the configured timeouts."""
+    """Ask every primary whether it answers, and look for what would lose sessions or keep the service from working."""
     config: Config = app.extensions["config"]
     try:
         for client in app.extensions["servers"].clients():
@@ -86,21 +86,20 @@ def examine_redis(app: Flask) -> Iterator[Finding]:
             milliseconds = (time.perf_counter() - began) * 1000
             version = info.get("redis_version", "of unknown version")
             yield Finding("ok", f"Redis {version} answers in {milliseconds:.2f} ms")
-            in_cluster = info.get("cluster_enabled") or (
-                not info and _allowed(lambda: client.execute_command("CLUSTER MYID"))
-            )
+            # Where INFO is forbidden: only a cluster answers CLUSTER MYID.
+            in_cluster = info.get("cluster_enabled") or (not info and _allowed(client.execute_command, "CLUSTER MYID"))
             if in_cluster and "+cluster:" not in config.redis_url:
                 text = "Redis is a cluster: REDIS_URL must begin with redis+cluster://, or rediss+cluster:// over TLS"
                 yield Finding("failure", text, fatal=True)
-            yield from _shortcomings(info, _allowed(lambda: client.config_get("save")), config.web_concurrency)
+            yield from _shortcomings(info, _allowed(client.config_get, "save"), config.web_concurrency)
     except (redis.RedisError, OSError) as error:
         yield Finding("failure", _with_hint(f"Redis does not answer: {type(error).__name__}: {error}"))
 
 
-def _allowed(ask: Callable[[], Any]) -> Any:
-    """An answer, or an empty one where a hosted Redis forbids the question."""
+def _allowed(ask: Callable[..., Any], *asked: str) -> Any:
+    """An answer, or an empty one where Redis refuses the question, as hosted ones do with some."""
     try:
-        return ask()
+        return ask(*asked)
     except redis.ResponseError:
         return {}
 

@@ -38,12 +38,12 @@ TOKEN_DESCRIPTIONS = {
     "subject": "The subject is not valid",
     "signed_out": "The token was issued before the sign-out",
 }
-LONGEST_RETRY = 3600  # seconds; a session can end before its time
+LONGEST_RETRY = 3600  # seconds; a session may be revoked before it expires
 BEARER = 'Bearer realm="sessions"'
 
 
 def register(app: Flask) -> None:
-    """Answer every error, the framework's included, in the contract's shape."""
+    """Answer every error, the framework's included, in the API's shape."""
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(SessionNotFound, session_not_found)
     app.register_error_handler(TooManySessions, too_many_sessions)
@@ -58,6 +58,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(Exception, unexpected)
 
 
+# `status` by its place: /readyz has a field of that name.
 def error(status: int, /, sentence: str | None = None, headers: dict[str, str] | None = None, **more: Any) -> Response:
     response = jsonify(success=False, error=sentence or MESSAGES[status], **more)
     response.status_code = status

@@ -33,7 +33,7 @@ def share_values() -> None:
 
 @functools.cache
 def _shared_values(folder: Path) -> Callable[..., Any]:
-    """Makes values in the files of this process, or in its memory where there is no room for them, which is logged."""
+    """Makes values in the files of this process, which claims them once, or in its memory where there is no room."""
     try:
         slot = _claim_slot(folder)
         for kind, size in SIZES.items():
@@ -46,7 +46,8 @@ def _shared_values(folder: Path) -> Callable[..., Any]:
 
 def _claim_slot(folder: Path) -> int:
     """The lowest number that no living process holds; this one holds it until it ends."""
-    # A record lock (fcntl(2)) is not inherited, and ends with the process however that ends.
+    # A record lock (fcntl(2)) is not inherited, and ends with the process however that ends. The file stays open, since
+    # closing it would give the lock up.
     slots, slot = os.open(folder / "slots", os.O_RDWR), 0
     while True:
         try:

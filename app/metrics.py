@@ -12,7 +12,7 @@ from app import metric_files
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 BEGAN = "session_heartbeat.began"  # in the environ of a request
 METHODS = frozenset(["GET", "HEAD", "OPTIONS", "POST"])
-# Why a token is refused, in the contract's words (§2).
+# Why a token is refused; docs/operate.md says what each word means.
 REFUSALS = "missing malformed signature expired not_yet_valid issuer audience claim subject scope signed_out".split()
 OUTCOMES = {200: "renewed", 404: "not_found", 500: "failed"}
 
@@ -71,11 +71,11 @@ class Metrics:
             here().environ[BEGAN] = time.perf_counter()
 
         def end(response: Response) -> Response:
-            request, status = here(), response.status_code
-            labels = (request.url_rule.rule if request.url_rule else "none", request.method, status)
+            this, status = here(), response.status_code
+            labels = (this.url_rule.rule if this.url_rule else "none", this.method, status)
             child = self._children.get(labels) or self._child(*labels)
-            child.observe(time.perf_counter() - request.environ[BEGAN])
-            if request.endpoint == "sessions.heartbeat" and status in OUTCOMES:
+            child.observe(time.perf_counter() - this.environ[BEGAN])
+            if this.endpoint == "sessions.heartbeat" and status in OUTCOMES:
                 self.heartbeats(OUTCOMES[status])
             return response
 

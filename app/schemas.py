@@ -17,7 +17,7 @@ def text(most: int, **kwargs: Any) -> fields.String:
 
 
 class SessionSchema(Schema):
-    """A session as callers see it; what is not known is left out."""
+    """A session as callers see it; what is not known is left out. What is always there is required in the document."""
 
     id = fields.String(required=True)
     device_name = fields.String(data_key="deviceName")

@@ -227,7 +227,7 @@ def test_store_down(alice: Caller, outage: Callable[..., None], method: str, pat
 
 
 @fake_only
-def test_retry_after_is_drawn_by_lot(alice: Caller, outage: Callable[..., None]) -> None:
+def test_retry_after_is_random(alice: Caller, outage: Callable[..., None]) -> None:
     """A fleet that saw the same outage does not come back in the same second."""
     outage()
     assert len({alice.heartbeat(MISSING).headers["Retry-After"] for _ in range(50)}) > 1

@@ -22,15 +22,14 @@ end
 
 local function extend(session)
   local timeouts = call("HMGET", session, "idle", "end")
-  local idle, absolute_end = timeouts[1], timeouts[2]
-  if not idle then
+  if not timeouts[1] then
     -- No-op write, so that a replica answers READONLY: it cannot know that a session is over.
     call("HDEL", session, "")
     if call("EXISTS", session) == 0 then
       return false
     end
   end
-  idle, absolute_end = whole(idle), whole(absolute_end)
+  local idle, absolute_end = whole(timeouts[1]), whole(timeouts[2])
   if not (idle and absolute_end) then
     return redis.error_reply("UNREADABLE idle timeout or absolute end")
   end
