@@ -20,6 +20,7 @@ from app.store.errors import described
 from app.store.runner import Observe, Runner
 from app.store.scripts import GET, HEARTBEAT, INDEX, OPEN, REVOKE, REVOKE_ALL, Script
 from app.store.scripts import Renewal as Renewal
+from app.store.shared import SharedRoundTrips
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class SessionStore:
     def __init__(self, config: Config, servers: Servers, observe: Observe = lambda *_: None) -> None:
         self._config = config
         self._runner = Runner(servers, config, observe)
+        self._shared = SharedRoundTrips(self._runner)
         self._logged: LRUCache[str, bool] = LRUCache(1000)
 
     def open(
@@ -157,7 +159,7 @@ class SessionStore:
         Raises SessionNotFound and Unreadable.
         """
         try:
-            renewal: Renewal | None = self._runner.heartbeat(session_key(subject, id))
+            renewal: Renewal | None = self._shared.heartbeat(session_key(subject, id))
         except Unreadable as error:
             self._log_once(error, subject, id)
             raise
@@ -195,7 +197,7 @@ class SessionStore:
 
     def takes_writes(self) -> bool:
         """Whether Redis runs scripts and takes writes to keys that begin with `session`. Raises nothing."""
-        return self._runner.takes_writes(PROBED)
+        return self._shared.takes_writes(PROBED)
 
     def _call(
         self,

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,15 +15,13 @@ from redis.exceptions import AskError, NoScriptError, RedisError, ResponseError,
 
 from app.config import Config
 from app.deadline import deadline
-from app.store.batching import GroupCommit
 from app.store.connect import POOL_SIZE, Servers
 from app.store.errors import ConnectionsBusy, StoreUnavailable, Unreadable
 from app.store.outages import Outages
 from app.store.replicas import ReplicaAcks
-from app.store.scripts import HEARTBEAT, PROBE, Command, Script
+from app.store.scripts import Command, Script
 
 KEYS_PER_CALL = 100  # Redis serves no other caller while a script runs
-PROBE_SECONDS = 1.5  # after which no other server is asked
 
 # Told of every exchange: the script, the number of keys, and the seconds it took. It is one round trip, or a few where
 # a script is lost, a slot has moved or replicas have to acknowledge.
@@ -31,12 +29,11 @@ Observe = Callable[[str, int, float], None]
 
 
 class _Server:
-    """What the callers of one server share: one that hangs holds up no caller of another."""
+    """What is known of one server."""
 
-    def __init__(self, send: Callable[[Script, Sequence[Any]], Sequence[Any]], replicas: int) -> None:
-        self.heartbeats = GroupCommit(functools.partial(send, HEARTBEAT))
-        self.probes = GroupCommit(functools.partial(send, PROBE))
-        # These two need one connection of the pool each. However many other calls are waiting, they are not refused.
+    def __init__(self, replicas: int) -> None:
+        # Heartbeats and probes need one connection of the pool each. However many other calls are waiting, they are not
+        # refused.
         self.free_connections = threading.BoundedSemaphore(POOL_SIZE - 2)
         self.acks = ReplicaAcks(replicas)
 
@@ -53,29 +50,22 @@ class Runner:
         self._servers = servers
         self._outages = Outages(servers)
         self._replicas = config.redis_wait_replicas
-        # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost. A
-        # heartbeat may also wait for the batch before its own.
+        # The deadline of a whole call: getting a connection, and a second round trip for scripts that Redis has lost.
         self._call_timeout = config.redis_timeout_seconds + 0.1
         self._connection_timeout = config.redis_timeout_seconds / 2
-        # Weak, since a failover makes new clients. So no _Server may hold its client, which comes along with each key.
-        self._known: WeakKeyDictionary[redis.Redis, _Server] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[redis.Redis, _Server] = WeakKeyDictionary()  # a failover makes new clients
 
-    def heartbeat(self, key: str) -> Any:
-        """Run heartbeat.lua over a key, together with whatever other callers ask of its server. Raises Unreadable."""
-        client, server = self._find(HEARTBEAT, key)
-        return server.heartbeats.submit((client, key))
-
-    def _find(self, script: Script, key: str) -> tuple[redis.Redis, _Server]:
+    def client_for(self, script: Script, key: str) -> redis.Redis:
+        """The client of the server that holds a key; it is wanted for a script."""
         try:
-            client = self._servers.client_for(key)
+            return self._servers.client_for(key)
         except (RedisError, OSError) as error:
             raise self._outages.failed(script.name, None, error) from error
-        server = self._known.get(client)
-        if server is None:
-            server = self._known.setdefault(client, _Server(self._send_batch, self._replicas))
-        return client, server
 
-    def _send_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str]]) -> list[Any]:
+    def _server(self, client: redis.Redis) -> _Server:
+        return self._known.get(client) or self._known.setdefault(client, _Server(self._replicas))
+
+    def run_batch(self, script: Script, batch: Sequence[tuple[redis.Redis, str]]) -> list[Any]:
         """A reply or an error for each key of one server. Those of a subject, whose slot is one, share a call."""
         by_slot: defaultdict[str, list[str]] = defaultdict(list)
         for _, key in batch:
@@ -157,8 +147,8 @@ class Runner:
         """
         if not keys:
             return []
-        client, server = self._find(script, keys[0])
-        with self._bounded(script, client), self._connection(server):
+        client = self.client_for(script, keys[0])
+        with self._bounded(script, client), self._connection(self._server(client)):
             replies = self._run_over(client, script, [keys])
         for reply in replies:
             if isinstance(reply, StoreUnavailable) and not isinstance(reply, Unreadable):
@@ -173,7 +163,8 @@ class Runner:
         Where it raises StoreUnavailable, as when replicas do not acknowledge in time, it may have taken effect; not
         where that is a ConnectionsBusy.
         """
-        client, server = self._find(script, keys[0])
+        client = self.client_for(script, keys[0])
+        server = self._server(client)
         # Not EVALSHA: only where one script runs over many keys, or again and again, is the shorter command worth a
         # second try where Redis has lost the script.
         command = script.eval(keys, args)
@@ -194,23 +185,6 @@ class Runner:
         if acknowledged:
             self._outages.succeeded("replicas", client)
         return reply
-
-    def takes_writes(self, keys: Sequence[str]) -> bool:
-        """Whether a server lets probe.lua write to one of these keys; asks one after the other for PROBE_SECONDS.
-
-        One primary of a cluster is enough: the subjects of that one are served.
-        """
-        end, asked = time.monotonic() + PROBE_SECONDS, set[redis.Redis]()
-        for key in keys:
-            with suppress(StoreUnavailable):
-                client, server = self._find(PROBE, key)
-                if client not in asked:
-                    asked.add(client)
-                    if server.probes.submit((client, key)) == 0:  # what is no Redis may answer anything
-                        return True
-            if time.monotonic() > end:
-                break
-        return False
 
     @contextmanager
     def _connection(self, server: _Server) -> Iterator[None]:
