@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import SessionNotCreatedException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions
@@ -26,6 +27,10 @@ FLAGS = [
 ]
 
 
+def _driver(options: webdriver.ChromeOptions) -> webdriver.Chrome:
+    return webdriver.Chrome(options, webdriver.ChromeService(required("chromedriver")))
+
+
 class Browser:
     """Chromium, and what its logs say of the pages since they were last asked."""
 
@@ -35,7 +40,10 @@ class Browser:
         for flag in [*FLAGS, f"--user-data-dir={folder}"]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(required("chromedriver")))
+        try:
+            self.driver = _driver(options)
+        except SessionNotCreatedException:  # from a cold disk it can take longer to start than is waited for
+            self.driver = _driver(options)
 
     def find(self, selector: str) -> WebElement:
         """The first element that a CSS selector matches, waited for until it can be seen."""
