@@ -70,17 +70,18 @@ class Runner:
         by_slot: defaultdict[str, list[str]] = defaultdict(list)
         for _, key in batch:
             by_slot[key.partition("}")[0]].append(key)
-        groups = list(by_slot.values())
-        by_key = dict(zip(itertools.chain(*groups), self._run_over(batch[0][0], script, groups)))
+        client, groups = batch[0][0], list(by_slot.values())
+        with self._bounded(script, client):
+            replies = self._run_over(client, script, groups)
+        by_key = dict(zip(itertools.chain(*groups), self._judged(script, client, replies)))
         return [by_key[key] for _, key in batch]
 
     def _run_over(self, client: redis.Redis, script: Script, groups: Sequence[Sequence[str]]) -> list[Any]:
-        """A reply or an error for each key; those of a group are in one slot."""
+        """A reply or an error of Redis for each key; those of a group are in one slot."""
         step = KEYS_PER_CALL
         calls = [keys[first : first + step] for keys in groups for first in range(0, len(keys), step)]
-        with self._bounded(script, client), self._timed(script, sum(map(len, groups))):
-            replies = self._exchange(client, script, calls)
-        return self._judged(script, client, replies)
+        with self._timed(script, sum(map(len, groups))):
+            return self._exchange(client, script, calls)
 
     @contextmanager
     def _bounded(self, script: Script, client: redis.Redis) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Runner:
             self._observe(script.name, number, time.perf_counter() - began)
 
     def _judged(self, script: Script, client: redis.Redis, replies: list[Any]) -> list[Any]:
-        """The replies, with an Unreadable or a StoreUnavailable in the place of each error of Redis."""
+        """The same list, with an Unreadable or a StoreUnavailable in the place of each error of Redis."""
         failed = False
         for place, reply in enumerate(replies):
             if isinstance(reply, Exception):
@@ -150,7 +151,7 @@ class Runner:
         client = self.client_for(script, keys[0])
         with self._bounded(script, client), self._connection(self._server(client)):
             replies = self._run_over(client, script, [keys])
-        for reply in replies:
+        for reply in self._judged(script, client, replies):
             if isinstance(reply, StoreUnavailable) and not isinstance(reply, Unreadable):
                 raise reply
         return replies
