@@ -40,11 +40,13 @@ class Outages:
 
     def succeeded(self, what: str, client: redis.Redis) -> None:
         """Note that a call has succeeded."""
-        if self._current:
+        now = time.time()
+        # In absolute terms, since a clock can be set back.
+        quiet = [each for each, failed_at in self._current.items() if abs(now - failed_at) >= QUIET_SECONDS]
+        if quiet:
             here, present = address_of(client), [address_of(each) for each in self._servers.clients()]
-            for each, failed_at in list(self._current.items()):
-                quiet = abs(time.time() - failed_at) >= QUIET_SECONDS  # a clock can be set back
+            for each in quiet:
                 # Also over is trouble with a server that was not known, or is gone: another has taken its place.
-                if quiet and (each == (what, here) or each[1] not in present):
+                if each == (what, here) or each[1] not in present:
                     self._current.pop(each, None)
                     log.warning("redis_available", extra={"script": each[0], "server": each[1]})
