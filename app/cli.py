@@ -144,9 +144,9 @@ def pseudonym(value: str) -> None:
     """Print what stands in the logs for VALUE, a subject or a session id."""
     config: Config = current_app.extensions["config"]
     _stop_at_problems("LOG_KEY")
-    if not (config.log_key or config.jwt_secret or config.redis_url):
-        raise click.ClickException("LOG_KEY or JWT_SECRET must be set, as the service has it")
     if not (config.log_key or config.jwt_secret):
+        if not config.redis_url:
+            raise click.ClickException("LOG_KEY or JWT_SECRET must be set, as the service has it")
         _stop_at_problems()  # a secret that was refused, if any, would be the key, and not the URL of Redis
     click.echo(config.pseudonym(value))
 

@@ -23,4 +23,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if told:
         terminalreporter.section("figures")
     for text in told:
-        terminalreporter.write_line(f"{text}")
+        terminalreporter.write_line(text)

@@ -63,8 +63,8 @@ class Session:
 
     @property
     def expires_in(self) -> int:
-        """Whole seconds from the last activity to the expiry, rounded down so that no heartbeat comes too late."""
-        return (self.expires_at_ms - self.last_activity_ms) // 1000
+        """Whole seconds from the last activity to the expiry, as for a renewal."""
+        return Renewal(self.expires_at_ms, self.last_activity_ms).expires_in
 
 
 PROBED = [f"session-probe:{number}" for number in range(64)]  # keys enough that each primary of a cluster has one

@@ -52,7 +52,7 @@ class SharedRoundTrips:
 
     def _submit(self, script: Script, client: redis.Redis, key: str) -> Any:
         batches = self._batches[script.name]
-        batch = batches.get(client)
-        if batch is None:
-            batch = batches.setdefault(client, GroupCommit(functools.partial(self._runner.run_batch, script)))
+        batch = batches.get(client) or batches.setdefault(
+            client, GroupCommit(functools.partial(self._runner.run_batch, script))
+        )
         return batch.submit((client, key))
